@@ -1,0 +1,46 @@
+# Every target sets up what it needs. MANIFEST is what to convert; ARGS goes to hubmill as it is.
+MANIFEST ?= manifests/quickstart.yaml
+ARGS ?=
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup convert plan test test-all check bench clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY) ## build .venv with everything, at the tested versions
+
+# torch by name and first: on its own pip would take a CUDA build of several gigabytes where a CPU one is at hand.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+convert: $(READY) ## convert MANIFEST (default: the quickstart)
+	$(BIN)/hubmill convert $(MANIFEST) $(ARGS)
+
+plan: $(READY) ## show what converting MANIFEST would do
+	$(BIN)/hubmill plan $(MANIFEST) $(ARGS)
+
+test: $(READY) ## run the tests
+	$(BIN)/python -m pytest
+
+test-all: $(READY) ## run the tests and the long suites
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+check: $(READY) ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) ## measure speed, memory and error beside the peers
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean: ## remove what was built, but not out/
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

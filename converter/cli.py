@@ -1,0 +1,273 @@
+"""The command line: parse, call one function, print what it gives, exit with the contract's code.
+
+0 all done · 1 some jobs failed (the rest are there) · 2 the manifest or the usage is wrong · 3 refused before
+starting · 130 interrupted, resumable.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from converter import manifest as manifests
+from converter import progress
+from converter.errors import HubmillError, ManifestError, PublishError, SourceError
+from converter.progress import bytes_text, print_error, print_json, print_line, print_table
+
+app = typer.Typer(
+    help="Offline batch converter for model hubs: one manifest in; GGUF, safetensors and Parquet out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+MANIFEST = Annotated[Path, typer.Argument(help="The manifest, a YAML file.", show_default=False)]
+OUT = Annotated[Path, typer.Option(help="Folder for results; a manifest's go to OUT/<its name>.")]
+ONLY = Annotated[list[str] | None, typer.Option(help="Do only this: MODEL/TARGET, a model or a target. Repeatable.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+class Executor(StrEnum):
+    """Where tasks run."""
+
+    RAY = "ray"
+    INPROCESS = "inprocess"
+
+
+class Device(StrEnum):
+    """What blocks run on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+    AUTO = "auto"
+
+
+DEVICE = Annotated[Device, typer.Option(help="What blocks run on; auto takes a GPU when there is one.")]
+
+
+def main() -> None:
+    """Run the command line; every expected error becomes a sentence and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        print_error("interrupted; everything finished so far is kept. Run the same command again to go on.")
+        _leave(130)
+    except typer.BadParameter as error:  # click's UsageError and what derives from it
+        print_error(f"{error.format_message()} See hubmill --help.")
+        sys.exit(2)
+    except ManifestError as error:
+        print_error(str(error))
+        sys.exit(2)
+    except HubmillError as error:
+        print_error(str(error))
+        sys.exit(3)
+
+
+def _leave(code: int) -> None:
+    """End now: after an interrupt nothing is worth waiting for, and finished work is on the disk already."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@app.command()
+def plan(
+    manifest: MANIFEST, out: OUT = Path("out"), only: ONLY = None, json: JSON = False, device: DEVICE = Device.AUTO
+) -> None:
+    """Show what would be done: jobs, types, sizes, needs, and what cannot be done and why."""
+    from jobs import convert as run_module
+    from jobs import show
+
+    run = _run(manifest, out, only=only, device=device)
+    ready = run_module.plan(run)
+    if json:
+        print_json(show.plan_json(run, ready))
+    else:
+        _print_plan(show.plan_json(run, ready))
+    for reason in ready.reasons:
+        print_error(reason)
+    raise typer.Exit(3 if ready.reasons else 0)
+
+
+@app.command()
+def convert(
+    manifest: MANIFEST,
+    out: OUT = Path("out"),
+    executor: Annotated[Executor, typer.Option(help="Ray workers, or plain calls in this process.")] = Executor.RAY,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster; left out, one is started here.")] = None,
+    only: ONLY = None,
+    device: DEVICE = Device.AUTO,
+    skip_unsupported: Annotated[
+        bool, typer.Option(help="Leave out jobs that cannot be done, and do the rest.")
+    ] = False,
+    json: JSON = False,
+) -> None:
+    """Convert, measure, compare and publish; what is done already is not done again."""
+    from jobs import convert as run_module
+
+    run = _run(manifest, out, executor=executor, address=address, only=only, device=device, skip=skip_unsupported)
+    with _shown(json) as display:
+        result = run_module.convert(run, display)
+    if not json:
+        _print_result(result.rows)
+        if not result.tasks_run:
+            print_line("nothing to do: every artifact is there and its sources are unchanged")
+        print_line(f"results: {run.store.run}/report.html")
+    _print_failures(result, f"hubmill convert {manifest} --out {out}")
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def status(manifest: MANIFEST, out: OUT = Path("out"), json: JSON = False) -> None:
+    """Show how far a run is, from its files, also while or after it runs elsewhere."""
+    from jobs import show
+
+    found = show.status(_run(manifest, out).store)
+    if json:
+        print_json(found)
+        return
+    rows = [
+        [row["subject"], row["state"], row["title"], f"{row['seconds']:.1f}", row["note"]] for row in found["tasks"]
+    ]
+    print_table(
+        f"{found['running']} running, {found['done']} done, {found['failed']} failed",
+        ("job", "state", "last task", "seconds", "note"),
+        rows,
+        numbers=(3,),
+    )
+
+
+@app.command()
+def compare(manifest: MANIFEST, out: OUT = Path("out"), json: JSON = False) -> None:
+    """Show the comparison of a run that is finished."""
+    from converter.compare.tables import read_comparison
+
+    run = _run(manifest, out)
+    found = read_comparison(run.store.run)
+    if found is None:
+        raise SourceError(str(run.store.run), "there is no comparison yet", f"Run hubmill convert {manifest} first")
+    if json:
+        print_json(found)
+    else:
+        _print_result(found["artifacts"])
+
+
+@app.command()
+def publish(manifest: MANIFEST, out: OUT = Path("out"), only: ONLY = None, json: JSON = False) -> None:
+    """Publish what is finished; an artifact that is published already is left alone."""
+    from jobs import convert as run_module
+
+    run = _run(manifest, out, only=only)
+    if run.manifest.publish is None:
+        raise PublishError(str(manifest), "the manifest has no publish: section", "Add one, with hub: and repo:")
+    with _shown(json) as display:
+        result = run_module.publish(run, display)
+    _print_failures(result, f"hubmill publish {manifest} --out {out}")
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, out/<name>.", show_default=False)], json: JSON = False
+) -> None:
+    """Check every file of a run against the sha256 that its comparison lists."""
+    from jobs import show
+
+    problems = show.verify(folder)
+    if json:
+        print_json({"problems": problems})
+    else:
+        print_line("\n".join(problems) or "every file is there and whole")
+    raise typer.Exit(int(bool(problems)))
+
+
+def _run(
+    path: Path,
+    out: Path,
+    *,
+    executor: Executor = Executor.RAY,
+    address: str | None = None,
+    only: Sequence[str] | None = None,
+    device: Device = Device.AUTO,
+    skip: bool = False,
+) -> Any:
+    """The run that these options describe. Raises ManifestError."""
+    loaded = manifests.load(path)
+    from jobs import convert as run_module  # brings torch, which takes seconds: a wrong manifest is told before that
+
+    return run_module.Run(
+        manifest=loaded,
+        out=out,
+        executor=executor.value,
+        address=address,
+        only=tuple(only or ()),
+        device=run_module.pick_device(device.value),
+        skip_unsupported=skip,
+    )
+
+
+@contextmanager
+def _shown(plain: bool) -> Iterator[progress.Display]:
+    display = progress.display(plain)
+    try:
+        yield display
+    finally:
+        display.close()
+
+
+def _print_plan(plan: dict[str, Any]) -> None:
+    rows = []
+    for job in plan["jobs"]:
+        size = ", ".join(
+            f"{name} {'' if job['exact'] else '≤ '}{bytes_text(count)}" for name, count in job["files"].items()
+        )
+        types = ", ".join(f"{count} x {type}" for type, count in job["types"].items())
+        rows.append([job["job"], job["state"], types, size, "; ".join(job["notes"])])
+    print_table(f"{len(rows)} jobs", ("job", "state", "tensors", "weight files", "notes"), rows)
+    needs, has = plan["needs"], plan["machine"]
+    print_line(
+        f"{plan['tasks_needed']} of {plan['tasks']} tasks to run; disk up to {bytes_text(needs['disk_bytes'])} of "
+        f"{bytes_text(has['disk_bytes'])} free; memory up to {bytes_text(needs['memory_bytes'])} a task of "
+        f"{bytes_text(has['memory_bytes'])}; {has['cpus']} cores"
+    )
+
+
+def _print_result(rows: Sequence[dict[str, Any]]) -> None:
+    cells = []
+    for row in rows:
+        name = f"{row['model']}/{row['target']}"
+        if row["status"] != "done":
+            cells.append([name, row["status"], "", "", "", "", "", ""])
+            continue
+        output = row["output"]
+        figures = [f"{output['perplexity']:.3f}", f"{output['kl_mean']:.5f}", f"{100 * output['top1_agreement']:.1f} %"]
+        cells.append(
+            [
+                name,
+                "done",
+                f"{row['bits_per_weight']:.2f}",
+                f"{row['compression_ratio']:.2f} x",
+                bytes_text(row["size_bytes"]),
+            ]
+            + (figures if output else ["", "", ""])
+        )
+    columns = ("artifact", "status", "bits/weight", "ratio", "size", "perplexity", "KL divergence", "same top token")
+    print_table("comparison", columns, cells, numbers=range(2, 8))
+
+
+def _print_failures(result: Any, command: str) -> None:
+    if result.failures:
+        print_table("what failed", ("task", "why"), [list(failure) for failure in result.failures])
+        print_line(f"the rest is done. To try again: {command}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Measure an artifact from its written bytes, streaming it block by block beside the original.
+
+The original runs once over the held-out rows and leaves its hidden states on disk (`reference`); every artifact is then
+measured against those (`measure`), one block of each in memory at a time. Keeping final logits instead would cost
+vocabulary / width times the space: 37 GiB for a Llama-3 vocabulary in one well-known tool.
+"""
+
+# O out, I in, N rows, T tokens a row, D width, V vocabulary
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converter import tensor_file
+from converter.architecture import Architecture
+from converter.blocks import Decoder
+from converter.compare.metrics import Difference, TokenFigures, difference, summary, token_figures
+from converter.containers import Opened
+
+Report = Callable[[float], None]
+Read = Callable[[str], Tensor]
+WINDOW = 128  # positions whose logits are held at once: 4 x 128 x V x 4 bytes
+PROBES = 2  # rows that per-tensor output errors are measured on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Original:
+    """The original model: its family (None: a plain state dict), names, tensors in f32, hidden states on disk."""
+
+    architecture: Architecture | None
+    names: tuple[str, ...]
+    read: Read
+    hidden_folder: Path | None
+
+
+def hidden_file(folder: Path, block: int) -> Path:
+    """Where the input of a block lies; block = number of blocks gives the last block's output."""
+    return folder / f"hidden-{block:04d}.safetensors"
+
+
+def reference(decoder: Decoder, rows_NT: Tensor, original: Original, folder: Path, report: Report) -> dict[str, Any]:
+    """Run the original over the rows, write the input of each block and the last output to `folder`, f32 [N, T, D].
+
+    Returns the original's own figures: perplexity and the number of tokens it was taken over.
+    """
+    hidden = decoder.embed(rows_NT, {name: original.read(name) for name in decoder.input_names})
+    tensor_file.save(hidden_file(folder, 0), {"hidden": hidden})
+    for block in range(decoder.blocks):
+        hidden = decoder.run_block(block, block_tensors(original, block), hidden)
+        tensor_file.save(hidden_file(folder, block + 1), {"hidden": hidden})
+        report((block + 1) / (decoder.blocks + 1))
+    figures = [
+        token_figures(logits, logits, following)
+        for logits, following in _windows(decoder, hidden, rows_NT, original.read)
+    ]
+    found = summary(figures)
+    return {"perplexity": found["perplexity"], "tokens": int(found["tokens"])}
+
+
+def block_tensors(original: Original, block: int) -> dict[str, Tensor]:
+    """The original's tensors of one block, f32, by their names relative to the block."""
+    assert original.architecture is not None
+    prefix = original.architecture.prefix(block)
+    return {name.removeprefix(prefix): original.read(name) for name in original.names if name.startswith(prefix)}
+
+
+def measure(
+    original: Original, opened: Opened, decoder: Decoder | None, rows_NT: Tensor | None, report: Report
+) -> dict[str, Any]:
+    """Every figure of one artifact: `tensors`, `blocks`, `weight`, `output` (empty without a decoder), `parameters`."""
+    inside = original.architecture.block_of if original.architecture else (lambda name: None)
+    outer_rows = [
+        _tensor_row(name, None, original.read(name), opened) for name in original.names if inside(name) is None
+    ]
+    tensors = [row for row in outer_rows if row]
+    blocks: list[dict[str, Any]] = []
+    output: dict[str, float] = {}
+    if decoder is not None and rows_NT is not None:
+        hidden = decoder.embed(rows_NT, {name: opened.read(name) for name in decoder.input_names})
+        for block in range(decoder.blocks):
+            hidden, rows, deviation = _measure_block(original, opened, decoder, block, hidden)
+            tensors.extend(rows)
+            blocks.append({"block": block, "relative_mse": deviation.relative_mse, "cosine": deviation.cosine})
+            report((block + 1) / (decoder.blocks + 1))
+        output = _measure_output(original, opened, decoder, rows_NT, hidden)
+    total = sum((row["sums"] for row in tensors if len(row["shape"]) > 1), Difference())
+    return {
+        "tensors": [{key: value for key, value in row.items() if key != "sums"} for row in tensors],
+        "blocks": blocks,
+        "weight": {"cosine": total.cosine, "relative_mse": total.relative_mse},
+        "output": {key: value for key, value in output.items() if key not in ("original_perplexity", "tokens")},
+        "parameters": sum(math.prod(row["shape"]) for row in tensors),
+    }
+
+
+def _measure_block(
+    original: Original, opened: Opened, decoder: Decoder, block: int, hidden: Tensor
+) -> tuple[Tensor, list[dict[str, Any]], Difference]:
+    """Run the artifact's block on its own chain; compare its tensors, and its output with the original's."""
+    architecture = original.architecture
+    assert architecture is not None and original.hidden_folder is not None
+    prefix = architecture.prefix(block)
+    first = block_tensors(original, block)
+    copy = {name: opened.read(prefix + name) for name in first}
+    inputs = _tap_inputs(original, decoder, block, first)
+    rows = []
+    for name, weight in first.items():
+        unfolded = copy[name] * _unfold(architecture, first, copy, name)
+        row = _tensor_row(prefix + name, block, weight, opened, unfolded)
+        tap = architecture.tap_of(prefix + name)
+        if row and tap and tap.name in inputs:
+            x_NI = inputs[tap.name]
+            row["output_relative_mse"] = difference(x_NI @ weight.T, x_NI @ unfolded.T).relative_mse
+        rows.append(row)
+    bits = {name: opened.activation_bits(prefix + name) for name in first}
+    activation_bits = {name.removesuffix(".weight"): count for name, count in bits.items() if count}
+    hidden = decoder.run_block(block, copy, hidden, activation_bits=activation_bits)
+    expected = tensor_file.load(hidden_file(original.hidden_folder, block + 1))["hidden"]
+    return hidden, [row for row in rows if row], difference(expected, hidden)
+
+
+def _tap_inputs(original: Original, decoder: Decoder, block: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the linears of each tap read in the original, [N, I] f32, on the first few rows."""
+    assert original.hidden_folder is not None
+    hidden = tensor_file.load(hidden_file(original.hidden_folder, block))["hidden"][:PROBES]
+    seen: dict[str, list[Tensor]] = {}
+
+    def observe(row: int, taps: Mapping[str, Tensor]) -> None:
+        for tap, x_TI in taps.items():
+            seen.setdefault(tap, []).append(x_TI)
+
+    decoder.run_block(block, tensors, hidden, observe=observe)
+    return {tap: torch.cat(parts) for tap, parts in seen.items()}
+
+
+def _unfold(
+    architecture: Architecture, original: Mapping[str, Tensor], copy: Mapping[str, Tensor], name: str
+) -> Tensor:
+    """The column scales that undo a folding: what was moved from a norm into the linears behind it goes back.
+
+    Gain' = gain / s and W' = W s compute the same, so W' times gain'/gain is what compares with W. One when the norm is
+    untouched or the tensor reads no folded tap; columns with a zero gain are left alone.
+    """
+    module = name.removesuffix(".weight")
+    for folding in architecture.foldings:
+        tap = next(tap for tap in architecture.taps if tap.name == folding.tap)
+        norm = f"{folding.norm}.weight"
+        if module in tap.linears and norm in original:
+            gain, gain_copy = folding.offset + original[norm], folding.offset + copy[norm]
+            return torch.where(gain == 0, 1.0, gain_copy / gain)
+    return torch.ones(())
+
+
+def _tensor_row(
+    name: str, block: int | None, weight: Tensor, opened: Opened, decoded: Tensor | None = None
+) -> dict[str, Any] | None:
+    """One tensor's figures; None when the artifact leaves it out."""
+    if name not in opened.names:
+        return None
+    decoded = opened.read(name) if decoded is None else decoded
+    stored, size_bytes = opened.stored(name)
+    sums = difference(weight, decoded)
+    return {
+        "name": name,
+        "block": block,
+        "shape": list(weight.shape),
+        "type": stored,
+        "size_bytes": size_bytes,
+        "bits_per_weight": 8 * size_bytes / max(1, weight.numel()),
+        "cosine": sums.cosine,
+        "relative_mse": sums.relative_mse,
+        "output_relative_mse": None,
+        "sums": sums,
+    }
+
+
+def _windows(decoder: Decoder, hidden: Tensor, rows_NT: Tensor, read: Read) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [n, V] and the tokens that came next [n], window by window; the last position predicts nothing."""
+    outer = {name: read(name) for name in decoder.output_names}
+    for row in range(hidden.shape[0]):
+        for start in range(0, rows_NT.shape[1] - 1, WINDOW):
+            stop = min(start + WINDOW, rows_NT.shape[1] - 1)
+            yield decoder.logits(hidden[row : row + 1, start:stop], outer)[0], rows_NT[row, start + 1 : stop + 1]
+
+
+def _measure_output(
+    original: Original, opened: Opened, decoder: Decoder, rows_NT: Tensor, hidden: Tensor
+) -> dict[str, float]:
+    """Perplexity, KL divergence to the original and top-1 agreement, from the final hidden states of both."""
+    assert original.hidden_folder is not None
+    expected = tensor_file.load(hidden_file(original.hidden_folder, decoder.blocks))["hidden"]
+    first = _windows(decoder, expected, rows_NT, original.read)
+    second = _windows(decoder, hidden, rows_NT, opened.read)
+    figures: list[TokenFigures] = [
+        token_figures(logits, copy, following) for (logits, following), (copy, _) in zip(first, second, strict=True)
+    ]
+    return summary(figures)

@@ -1,0 +1,109 @@
+"""How far one tensor, or one distribution, is from another. Pure functions; sums are kept in f64."""
+
+# N positions, V vocabulary
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Sums over the elements of an original and a copy; `a + b` describes both tensors together."""
+
+    original_squares: float = 0.0
+    copy_squares: float = 0.0
+    products: float = 0.0
+    error_squares: float = 0.0
+
+    def __add__(self, other: Difference) -> Difference:
+        return Difference(
+            original_squares=self.original_squares + other.original_squares,
+            copy_squares=self.copy_squares + other.copy_squares,
+            products=self.products + other.products,
+            error_squares=self.error_squares + other.error_squares,
+        )
+
+    @property
+    def cosine(self) -> float:
+        """The cosine of the angle between the two as vectors; 1 when both are zero, 0 when one of them is."""
+        norms = math.sqrt(self.original_squares) * math.sqrt(self.copy_squares)
+        if norms == 0.0:
+            return float(self.original_squares == self.copy_squares)
+        return max(-1.0, min(1.0, self.products / norms))
+
+    @property
+    def relative_mse(self) -> float:
+        """The sum of squared errors over the sum of the original's squares; 0 when there is neither."""
+        if self.original_squares == 0.0:
+            return 0.0 if self.error_squares == 0.0 else math.inf
+        return self.error_squares / self.original_squares
+
+
+def difference(original: Tensor, copy: Tensor) -> Difference:
+    """The sums that `cosine` and `relative_mse` need, for two tensors of one shape.
+
+    Rows are taken in slices, so that the f64 copies stay small beside the tensors.
+    """
+    total = Difference()
+    step = 1 << 22
+    first, second = original.reshape(-1), copy.reshape(-1)
+    for start in range(0, first.numel(), step):
+        a, b = first[start : start + step].double(), second[start : start + step].double()
+        error = a - b
+        total += Difference(
+            original_squares=float(a @ a),
+            copy_squares=float(b @ b),
+            products=float(a @ b),
+            error_squares=float(error @ error),
+        )
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFigures:
+    """Figures of N predicted tokens, f64 each: nll in nats, kl in nats, and whether the likeliest token is the same."""
+
+    original_nll_N: Tensor
+    nll_N: Tensor
+    kl_N: Tensor
+    same_top_N: Tensor
+
+
+def token_figures(original_NV: Tensor, copy_NV: Tensor, next_token_N: Tensor) -> TokenFigures:
+    """Compare two models' logits [N, V] for the tokens [N] that really came next.
+
+    kl is KL(original || copy): what is lost by using the copy where the original was meant.
+    """
+    original_log = torch.log_softmax(original_NV.float(), dim=-1)
+    copy_log = torch.log_softmax(copy_NV.float(), dim=-1)
+    kl = (original_log.exp() * (original_log - copy_log)).sum(-1)
+    pick = next_token_N.unsqueeze(-1)
+    return TokenFigures(
+        original_nll_N=-original_log.gather(-1, pick).squeeze(-1).double(),
+        nll_N=-copy_log.gather(-1, pick).squeeze(-1).double(),
+        kl_N=kl.double().clamp(min=0.0),  # rounding makes it a little negative where the two are equal
+        same_top_N=(original_log.argmax(-1) == copy_log.argmax(-1)).double(),
+    )
+
+
+def summary(figures: Sequence[TokenFigures]) -> dict[str, float]:
+    """The model-level figures over all tokens: perplexity, KL divergence (mean, median, 99th percentile), top-1."""
+    nll = torch.cat([item.nll_N for item in figures])
+    original = torch.cat([item.original_nll_N for item in figures])
+    kl = torch.cat([item.kl_N for item in figures])
+    same = torch.cat([item.same_top_N for item in figures])
+    return {
+        "perplexity": math.exp(min(700.0, float(nll.mean()))),  # e^700 still fits a double
+        "original_perplexity": math.exp(min(700.0, float(original.mean()))),
+        "kl_mean": float(kl.mean()),
+        "kl_median": float(kl.median()),
+        "kl_p99": float(kl.quantile(0.99)),
+        "top1_agreement": float(same.mean()),
+        "tokens": float(nll.numel()),
+    }

@@ -1,0 +1,112 @@
+"""The comparison as files: comparison.json for programs, two Parquet tables for SQL.
+
+comparison.json is the contract other programs rely on. The Parquet files hold the same facts flat: one row an artifact,
+one row a tensor. Nothing here measures; every number comes from what a finished task recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FORMAT_VERSION = 1
+ARTIFACT_SCHEMA = pa.schema(
+    [
+        ("model", pa.string()),
+        ("target", pa.string()),
+        ("format", pa.string()),
+        ("scheme", pa.string()),
+        ("method", pa.string()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+        ("bits_per_weight", pa.float64()),
+        ("size_bytes", pa.int64()),
+        ("compression_ratio", pa.float64()),
+        ("weight_cosine", pa.float64()),
+        ("weight_relative_mse", pa.float64()),
+        ("perplexity", pa.float64()),
+        ("original_perplexity", pa.float64()),
+        ("kl_mean", pa.float64()),
+        ("kl_median", pa.float64()),
+        ("kl_p99", pa.float64()),
+        ("top1_agreement", pa.float64()),
+        ("seconds", pa.float64()),
+        ("peak_rss_bytes", pa.int64()),
+    ]
+)
+TENSOR_SCHEMA = pa.schema(
+    [
+        ("model", pa.string()),
+        ("target", pa.string()),
+        ("name", pa.string()),
+        ("block", pa.int32()),
+        ("shape", pa.list_(pa.int64())),
+        ("type", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("bits_per_weight", pa.float64()),
+        ("cosine", pa.float64()),
+        ("relative_mse", pa.float64()),
+        ("output_relative_mse", pa.float64()),
+        ("note", pa.string()),
+    ]
+)
+
+
+def comparison(
+    name: str, sources: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], texts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of comparison.json: `rows` in the contract's form, one a job, whatever became of it."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "sources": list(sources),
+        "artifacts": [{key: value for key, value in row.items() if key != "source"} for row in rows],
+        "texts": dict(texts),
+    }
+
+
+def artifact_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """comparison.parquet: one row an artifact."""
+    flat = []
+    for row in rows:
+        weight, output = row.get("weight", {}), row.get("output", {})
+        flat.append(
+            {
+                **{name: row.get(name) for name in ARTIFACT_SCHEMA.names},
+                "method": " + ".join(row.get("method", ())),
+                "weight_cosine": weight.get("cosine"),
+                "weight_relative_mse": weight.get("relative_mse"),
+                **{
+                    name: output.get(name)
+                    for name in ("perplexity", "kl_mean", "kl_median", "kl_p99", "top1_agreement")
+                },
+                "original_perplexity": row.get("source", {}).get("perplexity"),
+            }
+        )
+    return pa.Table.from_pylist(flat, schema=ARTIFACT_SCHEMA)
+
+
+def tensor_table(tensors: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """tensors.parquet: one row a tensor of an artifact; note says what was not as asked."""
+    return pa.Table.from_pylist([dict(row) for row in tensors], schema=TENSOR_SCHEMA)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a table as Parquet under a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.new")
+    pq.write_table(table, temporary, compression="zstd", write_page_index=True)
+    temporary.rename(path)
+
+
+def read_comparison(run: Path) -> dict[str, Any] | None:
+    """The comparison.json of a run; None when there is none yet."""
+    path = run / "comparison.json"
+    if not path.is_file():
+        return None
+    data: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return data

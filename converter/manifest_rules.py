@@ -1,0 +1,202 @@
+"""What must hold between the fields of a manifest, as findings without a place in the file.
+
+manifest.py checks each field by itself and puts findings where they belong; here is what needs several fields at once.
+Everything here is pure. The alternative, validators inside the pydantic classes, stops at the first broken rule and
+skips all of them when any field is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from converter.marks import quoted, suggestion
+from converter.schemes import METHODS, ROUNDERS, SCHEMES, STORES, TRANSFORMS
+
+if TYPE_CHECKING:
+    from converter.manifest_fields import Target
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+MAX_NAME = 96
+# A model called so would sit in the output folder under the name of a file that the run writes there.
+RESERVED = ("comparison.json", "comparison.parquet", "tensors.parquet", "report.html", "manifest.lock.yaml", ".work")
+REPO = re.compile(rf"{NAME.pattern}(/{NAME.pattern})?", re.ASCII)
+REPO_FIELDS = ("name", "model", "target")
+# Types of single tensors, for `rules:`; a mixture such as Q4_K_M is a recipe that picks among these.
+GGUF_TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K")
+KEEP = ("BF16", "F16", "F32")
+# Fields that only mean something beside a certain method.
+METHOD_OF_FIELD = {"smoothing_strength": "smoothquant", "damping": "gptq"}
+# Fields that describe integer grids; a GGUF block has its shape from its type.
+GRID_FIELDS = ("group_size", "symmetric", "granularity", "observer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A broken rule: `at` is the path to the value to blame, `needs` the other keys that the rule has looked at."""
+
+    at: tuple[str | int, ...]
+    what: str
+    remedy: str
+    needs: tuple[str, ...] = ()
+
+
+def scheme_key(format: str) -> str:
+    """Give the key that says what a format shall store: scheme where there are integer schemes, otherwise type."""
+    return "scheme" if format in SCHEMES else "type"
+
+
+def rule_types(format: str) -> tuple[str, ...]:
+    """Give what the values of `rules:` may be: types of single tensors, or a scheme of the format, or a float type."""
+    return STORES[format] + KEEP if format in SCHEMES else GGUF_TENSOR_TYPES
+
+
+def check_target(target: Target) -> Iterator[Finding]:
+    """Give every rule that the target breaks; each of its fields is valid by itself."""
+    yield from _check_stores(target)
+    yield from _check_methods(target)
+    yield from _check_grid(target)
+    yield from _check_rules(target)
+
+
+def _check_stores(target: Target) -> Iterator[Finding]:
+    wanted = scheme_key(target.format)
+    other = "type" if wanted == "scheme" else "scheme"
+    given = {"type": target.type, "scheme": target.scheme}
+    stores = STORES[target.format]
+    misplaced, value = given[other], given[wanted]
+    if misplaced is not None and value is not None:
+        what = f"{target.format} takes {wanted}, and {other} is given too"
+        yield Finding(at=(other,), needs=("format",), what=what, remedy=f"Remove {other}")
+    elif misplaced is not None and misplaced in stores:
+        what = f"{target.format} takes {wanted}, not {other}"
+        yield Finding(at=(other,), needs=("format",), what=what, remedy=f"Write {wanted}: {misplaced}")
+    elif misplaced is not None:
+        yield _unknown_store(target.format, other, misplaced)
+    elif value is None:
+        remedy = f"Add {wanted} with one of: {', '.join(stores)}"
+        yield Finding(at=(), needs=("format", wanted), what=f"{target.format} needs {wanted}", remedy=remedy)
+    elif value not in stores:
+        yield _unknown_store(target.format, wanted, value)
+
+
+def _unknown_store(format: str, key: str, value: str) -> Finding:
+    what = f"{format} cannot store {key} {quoted(value)}; it stores {', '.join(STORES[format])}"
+    elsewhere = " or ".join(name for name, stores in STORES.items() if value in stores and name != format)
+    remedy = f"Choose one, or format: {elsewhere}" if elsewhere else suggestion(value, STORES[format])
+    return Finding(at=(key,), needs=("format",), what=what, remedy=remedy)
+
+
+def _check_methods(target: Target) -> Iterator[Finding]:
+    for index, method in enumerate(target.methods):
+        if method not in METHODS[target.format]:
+            what = f"method {quoted(method)} does not work with {target.format}"
+            remedy = f"Use {', '.join(METHODS[target.format])}, or another format"
+            yield Finding(at=("method", index), needs=("format",), what=what, remedy=remedy)
+    for field, method in METHOD_OF_FIELD.items():
+        if field in target.model_fields_set and method not in target.methods:
+            what = f"{field} has no effect without {method}"
+            yield Finding(
+                at=(field,), needs=("method",), what=what, remedy=f"Add {method} to method, or remove {field}"
+            )
+
+
+def check_order(methods: tuple[str, ...]) -> tuple[str, str] | None:
+    """Give (what, remedy) when the methods, all of them known, are not transforms followed by exactly one rounder."""
+    remedy = f"Write transforms first ({', '.join(TRANSFORMS)}), then one rounder ({', '.join(ROUNDERS)})"
+    rounders = [method for method in methods if method in ROUNDERS]
+    if not rounders:
+        return "has no rounder, so nothing would be quantized", remedy
+    if len(rounders) > 1:
+        return f"has {len(rounders)} rounders ({', '.join(rounders)})", remedy
+    if methods[-1] != rounders[0]:
+        return f"has {methods[-1]} after the rounder {rounders[0]}", remedy
+    if len(set(methods)) < len(methods):
+        return "names a transform twice", "Keep it once"
+    return None
+
+
+def _check_grid(target: Target) -> Iterator[Finding]:
+    schemes = SCHEMES.get(target.format)
+    if schemes is None:
+        for field in GRID_FIELDS:
+            if field in target.model_fields_set:
+                what = f"{field} has no effect with {target.format}, where the type fixes the blocks"
+                yield Finding(at=(field,), needs=("format",), what=what, remedy=f"Remove {field}")
+        return
+    scheme = schemes.get(target.scheme or "")
+    if target.granularity in ("tensor", "channel") and target.group_size is not None:
+        what = f"group_size is given, but granularity is {target.granularity}"
+        yield Finding(at=("group_size",), needs=("granularity",), what=what, remedy="Remove one of the two")
+    if scheme and target.granularity == "group" and target.group_size is None and scheme.group_size is None:
+        what = f"granularity is group, and scheme {target.scheme} has no group size of its own"
+        yield Finding(at=("granularity",), needs=("group_size", "scheme"), what=what, remedy="Add group_size: 128")
+    if scheme and target.symmetric is not None and target.symmetric != scheme.symmetric:
+        for name, twin in schemes.items():
+            same = (twin.bits, twin.activation_bits) == (scheme.bits, scheme.activation_bits)
+            if same and twin.symmetric == target.symmetric:
+                what = f"scheme {target.scheme} is {'symmetric' if scheme.symmetric else 'asymmetric'}"
+                remedy = f"Write scheme: {name}, and remove symmetric"
+                yield Finding(at=("symmetric",), needs=("format", "scheme"), what=what, remedy=remedy)
+
+
+def _check_rules(target: Target) -> Iterator[Finding]:
+    types = rule_types(target.format)
+    for index, rule in enumerate(target.rules):
+        try:
+            re.compile(rule.pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            what = f"rule pattern {quoted(rule.pattern)} is not a regular expression: {error}"
+            yield Finding(at=("rules", index), what=what, remedy="Escape . * + ? ( [ with \\ where meant as such")
+        if rule.type in types:
+            continue
+        what = f"{target.format} cannot store rule type {quoted(rule.type)}"
+        if target.format not in SCHEMES and rule.type in STORES[target.format]:
+            what = f"{rule.type} is a mixture for whole files, not the type of one tensor"
+            remedy = f"Choose one of: {', '.join(types)}"
+        else:
+            remedy = suggestion(rule.type, types)
+        yield Finding(at=("rules", index, "type"), needs=("format",), what=what, remedy=remedy)
+
+
+def check_name(name: str) -> tuple[str, str] | None:
+    """Give (what, remedy) when `name` cannot be the name of a folder and of part of a repository."""
+    if not NAME.fullmatch(name) or len(name) > MAX_NAME:
+        what = f"{quoted(name)} cannot be a name"
+        return what, f"Start with a letter or digit, go on with those and . _ -, at most {MAX_NAME} characters"
+    if name.casefold() in RESERVED:
+        return f"{quoted(name)} is the name of a file of the run", "Choose another name"
+    return None
+
+
+def check_template(template: str) -> tuple[str, str] | None:
+    """Give (what, remedy) when `template` is not text with {name}, {model} and {target} in it."""
+    braces = ", ".join(f"{{{field}}}" for field in REPO_FIELDS)
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError:
+        return f"{quoted(template)} has braces that do not match", f"Write {braces}, each in one pair of braces"
+    for _, field, detail, conversion in pieces:
+        if field is None:
+            continue
+        if field not in REPO_FIELDS:
+            return f"has {quoted('{' + field + '}')}, which nothing fills in", suggestion(field, REPO_FIELDS)
+        if detail or conversion:
+            return f"has a format in {{{field}}}", f"Write {{{field}}} alone"
+    if not check_repo(template.format(name="n", model="m", target="t")):
+        return None
+    return (
+        f"{quoted(template)} is not a repository name",
+        "Write name or owner/name, with letters, digits and . _ -",
+    )
+
+
+def check_repo(repo: str) -> tuple[str, str] | None:
+    """Give (what, remedy) when `repo` is not name or owner/name, or would leave the hub's folder."""
+    if not REPO.fullmatch(repo) or ".." in repo or any(len(part) > MAX_NAME for part in repo.split("/")):
+        what = f"the repository name {quoted(repo)} is not allowed"
+        return what, f"Make each part letters, digits and . _ -, without '..', at most {MAX_NAME} characters"
+    return None

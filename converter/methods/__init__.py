@@ -1,0 +1,69 @@
+"""Methods: who chooses the stored values. Transforms first, then exactly one rounder.
+
+A transform changes a block's weights without changing what the block computes (SmoothQuant moves column scales from
+activations into weights). A rounder turns every linear of a block into codes on its grid. Both see one block and the
+statistics of its taps, nothing else: that is what bounds memory and what lets blocks go to different machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from converter.architecture import Folding, Tap
+from converter.grids import Coded, Grid
+from converter.stats import TapStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """What a method sees. Names are checkpoint names relative to the block ("mlp.up_proj.weight").
+
+    tensors: every tensor of the block that the artifact stores, f32. stats: by tap name, empty for methods that need
+    none and for models without a known architecture. where: the block in words, for errors.
+    """
+
+    where: str
+    tensors: Mapping[str, Tensor]
+    stats: Mapping[str, TapStats]
+    taps: tuple[Tap, ...] = ()
+    foldings: tuple[Folding, ...] = ()
+
+    def stats_of(self, tensor: str) -> TapStats | None:
+        """The statistics of the tap that the linear with weight `tensor` reads; None when it has none."""
+        module = tensor.removesuffix(".weight")
+        return next(
+            (self.stats[tap.name] for tap in self.taps if module in tap.linears and tap.name in self.stats), None
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a target says about its methods; see docs/manifest.md for each."""
+
+    importance: bool = False
+    smoothing_strength: float = 0.8
+    damping: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """The statistics that a method asks the calibration pass for."""
+
+    sums: bool = False
+    gram: bool = False
+
+
+Transform = Callable[[Block, Options], Block]
+# The mapping gives the grid of each tensor in the block; the result has an entry for each, and notes on what happened.
+Rounder = Callable[[Block, Mapping[str, Grid], Options], "Rounded"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """A block's coded tensors, and by tensor what was not as asked ("damping raised to 0.1"), for the comparison."""
+
+    coded: Mapping[str, Coded]
+    notes: Mapping[str, str]

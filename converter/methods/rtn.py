@@ -1,0 +1,70 @@
+"""Round to nearest: every value goes to the nearest one of its grid, on its own.
+
+With scales searched for the least squared error, weighted by the activations that meet each column, this is seconds of
+work per billion weights and already beats plain GPTQ at 4 bits on large models. It is also what the other rounders fall
+back to for tensors that nothing was measured for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from converter.errors import NumericsError
+from converter.grids import Coded, Grid
+from converter.grids.affine import AffineGrid
+from converter.grids.plain import PlainGrid
+from converter.methods import Block, Options, Rounded
+
+
+def round_to_nearest(block: Block, grids: Mapping[str, Grid], options: Options) -> Rounded:
+    """Every tensor of the block on its grid; with options.importance, errors are weighed by mean squared activations.
+
+    Raises NumericsError, naming the tensor, for a weight that is not finite or does not fit its grid.
+    """
+    coded: dict[str, Coded] = {}
+    notes: dict[str, str] = {}
+    for name, weight in block.tensors.items():
+        importance = importance_of(block, name) if options.importance else None
+        if options.importance and importance is None and is_quantized(weight, grids[name]):
+            notes[name] = "no calibration statistics: rounded without importance"
+        coded[name] = nearest(f"{block.where} {name}", weight, grids[name], importance)
+    return Rounded(coded=coded, notes=notes)
+
+
+def importance_of(block: Block, name: str) -> Tensor | None:
+    """The mean square [I] f32 of each input column of the linear with weight `name`; None when it has no statistics."""
+    stats = block.stats_of(name)
+    return None if stats is None else (stats.sum_squares / stats.rows).to(torch.float32)
+
+
+def is_quantized(weight: Tensor, grid: Grid) -> bool:
+    """Whether `weight` is a matrix on a grid of codes: what statistics could have helped with."""
+    return weight.ndim >= 2 and not isinstance(grid, PlainGrid)
+
+
+def nearest(where: str, weight: Tensor, grid: Grid, importance: Tensor | None) -> Coded:
+    """`weight` on `grid`, each value rounded to nearest. Raises NumericsError with `where` when the grid refuses it."""
+    with _told(where, grid):
+        return Coded(grid=grid, shape=tuple(weight.shape), parts=grid.encode(weight, importance))
+
+
+def fit(where: str, weight: Tensor, grid: AffineGrid, importance: Tensor | None) -> Mapping[str, Tensor]:
+    """The scale (and zero point) of `grid` for `weight`. Raises NumericsError with `where` when the grid refuses it."""
+    with _told(where, grid):
+        return grid.fit(weight, importance)
+
+
+@contextmanager
+def _told(where: str, grid: Grid) -> Iterator[None]:
+    """Refusals of a grid, told with the tensor's name. Kernels know none of our errors and refuse with ValueError."""
+    try:
+        yield
+    except NumericsError as error:
+        raise NumericsError(where, error.what, error.remedy) from error
+    except ValueError as error:
+        what = f"{grid.name} cannot hold it: {error}"
+        raise NumericsError(where, what, "Exclude the tensor, or store it as BF16") from error

@@ -1,0 +1,124 @@
+"""What a run says, and how it is shown: bars on a terminal, JSON lines elsewhere. The only place that prints.
+
+Everything else returns or yields events, so that a run can be watched, logged and tested without a screen.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal, Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+State = Literal["start", "running", "done", "failed", "skipped", "note"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One thing that happened. task: its key. subject: the job it belongs to, model/target, or the model.
+
+    fraction: how far the job's whole work is, 0 to 1. note: error, fallback or figure, in words.
+    """
+
+    task: str
+    subject: str
+    state: State
+    title: str = ""
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    fraction: float = 0.0
+    note: str = ""
+
+
+class Display(Protocol):
+    """Where events go."""
+
+    def show(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object a line on standard output: for logs, cron and programs."""
+
+    def show(self, event: Event) -> None:
+        if event.state != "running":
+            filled = {key: value for key, value in asdict(event).items() if value not in ("", 0, 0.0)}
+            sys.stdout.write(json.dumps(filled, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        sys.stdout.flush()
+
+
+class Bars:
+    """A bar for each job on a terminal, with what it is doing now."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.fields[name]}"), BarColumn(bar_width=30), TextColumn("{task.percentage:>3.0f} %"))
+        self._progress = Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[doing]}"), console=console)
+        self._bars: dict[str, TaskID] = {}
+        self._progress.start()
+
+    def show(self, event: Event) -> None:
+        bar = self._bars.get(event.subject)
+        if bar is None:
+            bar = self._progress.add_task("", total=1.0, name=escape(event.subject), doing="")
+            self._bars[event.subject] = bar
+        doing = f"{event.state} {event.title}" if event.state in ("failed", "skipped") else event.title
+        self._progress.update(bar, completed=event.fraction, doing=escape(doing))
+        if event.note:
+            self._progress.console.print(
+                f"{escape(event.title or event.subject)}: {escape(event.note)}", highlight=False
+            )
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def display(plain: bool) -> Display:
+    """Bars when standard output is a terminal, JSON lines otherwise or when `plain`."""
+    console = Console()
+    return JsonLines() if plain or not console.is_terminal else Bars(console)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> None:
+    """Print a table; `numbers` are the columns to set flush right."""
+    table = Table(title=escape(title), title_justify="left", show_edge=False, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(escape(column), justify="right" if index in numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    console.print(table)
+
+
+def print_json(data: Mapping[str, object]) -> None:
+    """Print one JSON document for programs to read."""
+    sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def print_line(text: str) -> None:
+    """Print a line on standard output."""
+    sys.stdout.write(text + "\n")
+
+
+def print_error(text: str) -> None:
+    """Print a line on standard error."""
+    sys.stderr.write(text.rstrip("\n") + "\n")
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes as people read it: 1.4 GB, decimal units as hubs show them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

@@ -1,0 +1,163 @@
+"""Where artifacts go: what a hub is to us, and the hub that is a folder.
+
+A reader of a folder hub sees the old artifact or the new one, never a mixture: each version lies in a folder of its own
+under `.commits`, named by its content, and `<root>/<repo>` is a link that one rename moves from version to version.
+Real folders in place of the link would need two renames to replace one, with nothing there in between. The price of the
+link: the previous version stays on the disk until the next publish, for those who still read it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+from urllib.parse import quote
+
+from converter.errors import PublishError, SourceError
+from converter.folder import check_path
+
+Kind = Literal["model", "dataset"]
+COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What a publish did; `changed` is False when the hub already held exactly this."""
+
+    repo: str
+    commit: str  # 40 hex digits
+    changed: bool
+    url: str
+
+
+class Hub(Protocol):
+    """A place that takes artifacts; both methods raise PublishError."""
+
+    def check(self, repo: str, kind: Kind) -> None:
+        """Find out, before any work, whether publishing to `repo` can succeed."""
+
+    def publish(self, repo: str, folder: Path, files: Mapping[str, str], message: str, kind: Kind) -> Published:
+        """Make `repo` hold exactly `files` (path in `folder` -> sha256, hex), in one step; twice is once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderHub:
+    """A hub in a folder: `<root>/<repo>` is the artifact, also when `repo` is "owner/name"."""
+
+    root: Path
+
+    def check(self, repo: str, kind: Kind) -> None:
+        self._place(repo)
+        try:
+            (self.root / ".incoming").mkdir(parents=True, exist_ok=True)
+            with self._alone(repo):
+                pass
+        except OSError as error:
+            what = f"the folder {self.root} cannot be written: {error.strerror}"
+            raise PublishError(
+                f"folder hub, repo {repo}", what, "Change its permissions, or publish elsewhere"
+            ) from error
+
+    def publish(self, repo: str, folder: Path, files: Mapping[str, str], message: str, kind: Kind) -> Published:
+        place = self._place(repo)
+        commit = hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()[:40]
+        versions = self.root / ".commits" / quote(repo, safe="")
+        version = versions / commit
+        link = os.path.relpath(version, place.parent)
+        self.check(repo, kind)
+        try:
+            with self._alone(repo):
+                before = os.readlink(place) if place.is_symlink() else None
+                if before != link or not self._holds(version, folder, files):
+                    self._bring(repo, folder, files, version)
+                    swap_link(place, link)
+                    for old in versions.iterdir():
+                        if old.name not in (commit, Path(before or "").name):
+                            shutil.rmtree(old)
+                    return Published(repo=repo, commit=commit, changed=True, url=str(place))
+        except OSError as error:
+            what = f"copying into {self.root} failed at {error.filename}: {error.strerror}"
+            raise PublishError(
+                f"folder hub, repo {repo}", what, "Make room or mend the disk, then run it again"
+            ) from error
+        return Published(repo=repo, commit=commit, changed=False, url=str(place))
+
+    def _place(self, repo: str) -> Path:
+        where = f"folder hub, repo {repo}"
+        try:
+            check_path(repo, where)
+        except SourceError as error:
+            raise PublishError(where, "the name could lead out of the hub's folder", "Mend publish.repo") from error
+        place = self.root / repo
+        if any(part.startswith(".") for part in Path(repo).parts):
+            raise PublishError(where, "a part of the name begins with a dot", "Mend publish.repo")
+        owners = place.parents[: len(Path(repo).parts) - 1]
+        for path in [place, *owners]:
+            ours = path.is_symlink() if path == place else path.is_dir() and not path.is_symlink()
+            if path.exists() and not ours:
+                raise PublishError(where, f"{path} is there and is no artifact", "Move it away, or change publish.repo")
+        return place
+
+    @contextmanager
+    def _alone(self, repo: str) -> Iterator[None]:
+        """Hold the lock of one repo; the system releases it when its holder dies."""
+        with (self.root / ".incoming" / (quote(repo, safe="") + ".lock")).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _holds(self, version: Path, folder: Path, files: Mapping[str, str]) -> bool:
+        """Whether a version is all there, by names and sizes; its content was checked when it was brought."""
+        if not version.is_dir():
+            return False
+        paths = [path for path in version.rglob("*") if path.is_file()]
+        there = {path.relative_to(version).as_posix(): path.stat().st_size for path in paths}
+        return there == {name: (folder / name).stat().st_size for name in files}
+
+    def _bring(self, repo: str, folder: Path, files: Mapping[str, str], version: Path) -> None:
+        """Copy the files into a new version, each checked on its way; a leftover of a killed run goes first."""
+        incoming = self.root / ".incoming" / quote(repo, safe="")
+        shutil.rmtree(incoming, ignore_errors=True)
+        incoming.mkdir()
+        for name, sha256 in sorted(files.items()):
+            target = incoming / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if copy_hashed(folder / name, target) != sha256:
+                shutil.rmtree(incoming)
+                raise changed_since(repo, folder / name)
+        shutil.rmtree(version, ignore_errors=True)
+        version.parent.mkdir(parents=True, exist_ok=True)
+        incoming.rename(version)
+
+
+def copy_hashed(source: Path, target: Path) -> str:
+    """Copy a file onto the disk for good and return its SHA-256 (hex)."""
+    digest = hashlib.sha256()
+    with source.open("rb") as reading, target.open("wb") as writing:
+        while chunk := reading.read(COPY_BYTES):
+            digest.update(chunk)
+            writing.write(chunk)
+        writing.flush()
+        os.fsync(writing.fileno())
+    return digest.hexdigest()
+
+
+def swap_link(place: Path, link: str) -> None:
+    """Make `place` a link with this text in one step, whether or not it is one already."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    fresh = place.with_name(f".{place.name}.{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(link)
+    fresh.replace(place)
+
+
+def changed_since(repo: str, path: Path) -> PublishError:
+    """The error for a file that is not what its checksum says; nothing was published."""
+    what = f"{path.name} is not the file that was measured: its sha256 differs"
+    return PublishError(f"publish {repo}", what, "Convert again; nothing was published")

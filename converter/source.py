@@ -1,0 +1,415 @@
+"""A model at one commit: its tensors by header, its small files, and one tensor at a time.
+
+Planning needs names, types and shapes only, so a Snapshot is built from the headers of the safetensors files: the first
+kilobytes of each, read from the disk here or over HTTP by `hub`. Every header is checked against the file's length
+before anything is believed, because a shard cut short or a header that lies must fail in the plan, not in hour three.
+
+`read` copies the bytes of one tensor into memory of its own. The alternative, mapping the file as the safetensors
+library does, saves that copy; its price is that touched pages are charged to the process for as long as any view lives,
+which breaks the memory bound of a conversion, and that tensors lie unaligned when the header was not padded.
+
+Format: https://github.com/huggingface/safetensors (README, "Format"). Nothing here executes what a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converter.errors import NumericsError, SourceError, UnsupportedError
+from converter.folder import HEADER_LIMIT_BYTES, check_path, digest_folder, list_folder
+
+# O out, I in (columns), P rows of a scale, Q columns of a scale
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0"})
+FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
+
+SMALL_LIMIT_BYTES = 32 << 20  # a file up to this size that is not a weight travels with the model
+CHUNK = 1 << 24  # elements looked at together, which bounds the memory of a check
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+WEIGHTS = (
+    *PICKLED,
+    ".safetensors",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".h5",
+    ".msgpack",
+    ".tflite",
+    ".npz",
+    ".tar",
+    ".zip",
+)
+INDEX = "model.safetensors.index.json"
+UNPICKLE = (
+    'Convert it once, in a sandbox without network because unpickling may run code of its author: `python -c "'
+    "import glob, torch, safetensors.torch as s; "
+    "load = lambda f: torch.load(f, weights_only=True, map_location='cpu').items(); "
+    "s.save_file({{k: v.clone().contiguous() for f in glob.glob('{pattern}') for k, v in load(f)}}, 'model.safetensors')"
+    '"`'
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """One tensor as the header of its file declares it; `start` and `end` are byte offsets into the file."""
+
+    name: str
+    dtype: str  # as safetensors calls it: "BF16", "F8_E4M3", ...
+    shape: tuple[int, ...]
+    file: str  # relative to the snapshot's folder, with forward slashes
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A model at one commit: everything planning needs, and `read` once the weights are in `folder`.
+
+    Plain data: it crosses processes by pickling. `tensors` is sorted by name and leaves out what belongs to an fp8
+    weight (its scales); `scales` holds those by the name of their weight.
+    """
+
+    source: str  # "folder:/abs/path" or "hub:org/name"
+    repo: str
+    commit: str  # 40 hex digits
+    config: Mapping[str, Any]  # {} when the model has no config.json
+    tensors: Mapping[str, Header]
+    files: Mapping[str, int]  # every file with its size in bytes
+    folder: Path
+    scales: Mapping[str, Header] = field(default_factory=dict)
+    checksums: Mapping[str, str] = field(default_factory=dict)  # of a hub: "sha256:..." or "git:..." by file
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor in its stored type; an fp8 weight with a scale comes multiplied out, in f32.
+
+        Raises NumericsError when a value is NaN or infinite, SourceError when the file is not what its header said.
+        """
+        header = self.tensors[name]
+        stored = self._load(header)
+        tensor = stored
+        if name in self.scales:
+            block = dict(self.config.get("quantization_config") or {}).get("weight_block_size")
+            tensor = multiply_scale(stored, self._load(self.scales[name]), block, f"{self.repo}: {name}")
+        if header.dtype in FLOATING:
+            check_finite(tensor, f"{self.repo}: {name}")
+        return tensor
+
+    def _load(self, header: Header) -> Tensor:
+        path = self.folder / header.file
+        raw = torch.empty(header.end - header.start, dtype=torch.uint8)
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(header.start)
+                view, done = raw.numpy().data, 0
+                while done < len(view) and (count := file.readinto(view[done:])):  # one read() stops at 2 GiB on Linux
+                    done += count
+        except FileNotFoundError as error:
+            what = f"the file of tensor '{header.name}' is not here"
+            raise SourceError(
+                str(path), what, "Fetch the model's weights first, or put the missing file back"
+            ) from error
+        if done < len(raw):
+            what = f"the file ends {len(raw) - done} bytes before the end of tensor '{header.name}'"
+            raise SourceError(str(path), what, "It was changed after planning: fetch it again and plan anew")
+        return raw.view(DTYPES[header.dtype]).reshape(header.shape)
+
+
+def open_folder(path: Path, where: str) -> Snapshot:
+    """Open the model in a folder, reading headers only; its commit is a digest over its content (`digest_folder`).
+
+    `where` says who asks, for messages. Raises SourceError for what cannot be read and UnsupportedError for what is not
+    converted: pickled or GGUF-only weights, adapters, a quantization other than fp8.
+    """
+    root = path.resolve()
+    if not root.is_dir():
+        raise SourceError(where, f"there is no folder {path}", "Check the path; it is relative to the manifest")
+    files = list_folder(root, where)
+
+    def read_small(name: str) -> bytes:
+        return (root / name).read_bytes()
+
+    def read_headers(names: list[str]) -> Iterator[tuple[Header, ...]]:
+        for name in names:
+            with (root / name).open("rb") as file:
+                length = header_length(file.read(8), files[name], name, where)
+                yield parse_header(file.read(length), files[name], name, where)
+
+    config, tensors, scales = survey(files, read_small, read_headers, where)
+    return Snapshot(
+        source=f"folder:{root}",
+        repo=root.name,
+        commit=digest_folder(root, files)[:40],
+        config=config,
+        tensors=tensors,
+        scales=scales,
+        files=files,
+        folder=root,
+    )
+
+
+def survey(
+    files: Mapping[str, int],
+    read_small: Callable[[str], bytes],
+    read_headers: Callable[[list[str]], Iterable[tuple[Header, ...]]],
+    where: str,
+) -> tuple[dict[str, Any], dict[str, Header], dict[str, Header]]:
+    """Config, tensors and fp8 scales of a model, from the list of its files and two ways to read them.
+
+    The same for a folder and for a hub, which reads many headers at once. Raises SourceError and UnsupportedError.
+    """
+    config = parse_json(read_small("config.json"), f"{where}: config.json") if "config.json" in files else {}
+    check_quantization(config, where)
+    index: dict[str, str] | None = None
+    if INDEX in files and "model.safetensors" not in files:
+        index = parse_index(read_small(INDEX), files, where)
+        shards = sorted(set(index.values()))
+    else:
+        shards = choose_shards(files, where)
+    found: dict[str, Header] = {}
+    for header in chain.from_iterable(read_headers(shards)):
+        if header.name in found:
+            what = f"tensor '{header.name}' is in both {found[header.name].file} and {header.file}"
+            raise SourceError(where, what, "Remove the file that does not belong, or write an index")
+        found[header.name] = header
+    if index is not None:
+        check_index(index, found, where)
+    scales = {
+        name: found[name + ending]
+        for name, header in found.items()
+        for ending in ("_scale", "_scale_inv")
+        if header.dtype in FP8 and name + ending in found
+    }
+    hidden = {header.name for header in scales.values()}
+    # The scale of an fp8 layer's input is about running it in fp8, not about its weight.
+    hidden |= {name.removesuffix("weight") + end for name in scales for end in ("input_scale", "activation_scale")}
+    tensors = {name: header for name, header in sorted(found.items()) if name not in hidden}
+    if not tensors:
+        raise SourceError(where, "the weights hold no tensor", "Check that the right files were saved")
+    return config, tensors, scales
+
+
+def choose_shards(files: Mapping[str, int], where: str) -> list[str]:
+    """The safetensors files of a model without an index: model.safetensors, else all in the top folder."""
+    shards = sorted(name for name in files if name.endswith(".safetensors") and "/" not in name)
+    if "model.safetensors" in shards:
+        return ["model.safetensors"]
+    if "adapter_config.json" in files and shards in ([], ["adapter_model.safetensors"]):
+        raise UnsupportedError(where, "this is an adapter, not a model", "Merge it into its base model first")
+    if shards:
+        return shards
+    if pickled := sorted(name for name in files if name.endswith(PICKLED)):
+        what = f"the weights are pickled ({pickled[0]}), and there is no safetensors file"
+        shards = [name for name in pickled if name.startswith("pytorch_model")]
+        raise SourceError(where, what, UNPICKLE.format(pattern="pytorch_model*.bin" if shards else pickled[0]))
+    if any(name.endswith(".gguf") for name in files):
+        remedy = "Take the original model, which holds more precise weights anyway"
+        raise SourceError(where, "the weights are GGUF only, which is not yet read as a source", remedy)
+    raise SourceError(where, "there is no .safetensors file", "Check that this is a model and that its download ended")
+
+
+def parse_index(data: bytes, files: Mapping[str, int], where: str) -> dict[str, str]:
+    """File by tensor name, from model.safetensors.index.json; each file is inside the model and present."""
+    weight_map = parse_json(data, f"{where}: {INDEX}").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise SourceError(f"{where}: {INDEX}", "there is no 'weight_map' of names to files", "Fetch the file again")
+    index: dict[str, str] = weight_map
+    for shard in sorted(set(index.values())):
+        check_path(shard, f"{where}: {INDEX}")
+        if shard not in files:
+            missing = sum(1 for place in index.values() if place == shard)
+            what = f"shard {shard} with {missing} of {len(index)} tensors is missing"
+            raise SourceError(where, what, "Fetch the model again; a download may have stopped half-way")
+    return index
+
+
+def check_index(index: Mapping[str, str], found: Mapping[str, Header], where: str) -> None:
+    """Raise SourceError unless index and shards name the same tensors in the same files."""
+    for name, shard in sorted(index.items()):
+        if name not in found or found[name].file != shard:
+            what = f"{INDEX} puts tensor '{name}' into {shard}, which does not hold it"
+            raise SourceError(where, what, "Index and shards are of different versions: fetch both again")
+    if extra := sorted(set(found) - set(index)):
+        what = f"{found[extra[0]].file} holds tensor '{extra[0]}', which {INDEX} does not name ({len(extra)} in all)"
+        raise SourceError(where, what, "Index and shards are of different versions: fetch both again")
+
+
+def check_quantization(config: Mapping[str, Any], where: str) -> None:
+    """Raise UnsupportedError for a checkpoint that is already quantized to anything but fp8."""
+    settings = config.get("quantization_config")
+    if not settings:
+        return
+    settings = settings if isinstance(settings, dict) else {}
+    method = str(settings.get("quant_method", "unknown"))
+    known = (
+        method in ("fp8", "fbgemm_fp8")
+        or (method == "compressed-tensors" and settings.get("format") == "float-quantized")
+        or (method == "modelopt" and settings.get("quant_algo") == "FP8")
+    )
+    if not known:
+        what = f"the checkpoint is already quantized by '{method}'; only fp8 is multiplied out"
+        raise UnsupportedError(where, what, "Take the model it was made from")
+
+
+def header_length(first: bytes, size: int, file: str, where: str) -> int:
+    """Length in bytes of the JSON header, from the file's first eight bytes and its size."""
+    length = int.from_bytes(first[:8], "little")
+    if len(first) < 8 or size < 8:
+        raise SourceError(f"{where}: {file}", f"the file is only {size} bytes long", "Fetch it again")
+    if length > HEADER_LIMIT_BYTES or 8 + length > size:
+        what = f"the header claims {length} bytes in a file of {size}"
+        raise SourceError(f"{where}: {file}", what, "It is truncated or not safetensors: fetch it again")
+    return length
+
+
+def parse_header(data: bytes, size: int, file: str, where: str) -> tuple[Header, ...]:
+    """The tensors that a safetensors header declares, in the order of their bytes.
+
+    `data` is the JSON header, `size` the length of the whole file in bytes. Raises SourceError when the header is not
+    what the format says: each type known, each length the product of its shape, no gap, no overlap, no name twice.
+    """
+    place = f"{where}: {file}"
+    remedy = "The file is damaged: fetch it again, or ask its author"
+    declared = parse_json(data, place)
+    begin = 8 + len(data)
+    headers: list[Header] = []
+    for name, entry in declared.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        except (TypeError, KeyError, ValueError) as error:
+            what = f"tensor '{name}' is declared without dtype, shape and two data_offsets"
+            raise SourceError(place, what, remedy) from error
+        numbers = [*shape, start, end] if isinstance(shape, list) else [None]
+        if not all(type(number) is int and number >= 0 for number in numbers) or not name.isprintable() or not name:
+            raise SourceError(place, f"tensor {name!r} has a shape, an offset or a name that is none", remedy)
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            what = f"tensor '{name}' has the unknown type {dtype!r}; known are {', '.join(DTYPES)}"
+            raise SourceError(place, what, "Store the model in one of those")
+        expected = math.prod(shape) * DTYPES[dtype].itemsize
+        if end - start != expected:
+            what = f"tensor '{name}' ({dtype} {shape}) needs {expected} bytes, its offsets span {end - start}"
+            raise SourceError(place, what, remedy)
+        headers.append(
+            Header(name=name, dtype=dtype, shape=tuple(shape), file=file, start=begin + start, end=begin + end)
+        )
+    headers.sort(key=lambda header: (header.start, header.end))
+    position = begin
+    for header in headers:
+        if header.start != position:
+            fault = "overlaps the one before it" if header.start < position else "leaves a gap before it"
+            raise SourceError(place, f"tensor '{header.name}' {fault}", remedy)
+        position = header.end
+    if position > size:
+        what = f"the file is truncated: {position - size} of {position} bytes are missing"
+        raise SourceError(place, what, "Fetch it again; a download may have stopped half-way")
+    if position < size:
+        raise SourceError(place, f"{size - position} bytes after the last tensor belong to none", remedy)
+    return tuple(headers)
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object from outside; raises SourceError when it is broken, no object, or names a key twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = dict(pairs)
+        if len(keys) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise SourceError(where, f"the name '{twice}' appears twice", "The file is damaged: fetch it again")
+        return keys
+
+    try:
+        parsed = json.loads(data, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(where, f"broken JSON: {error}", "Mend the file, or fetch it again") from error
+    if not isinstance(parsed, dict):
+        raise SourceError(where, "the JSON is not an object", "Mend the file, or fetch it again")
+    return parsed
+
+
+def multiply_scale(weight: Tensor, scale: Tensor, block: Iterable[int] | None, where: str) -> Tensor:
+    """The values of an fp8 weight: weight times scale, in f32.
+
+    weight [..., O, I] fp8; scale is one number, [..., O], [..., O, 1] or [..., P, Q] with one number per block of
+    `block` = (rows, columns) elements, by default 128 x 128. Raises SourceError when the shapes do not fit.
+    Both endings mean a factor: DeepSeek's `weight_scale_inv` is the inverse of the scale that was divided by.
+    """
+    factor = scale.float()
+    if factor.numel() == 1:
+        return weight.float() * factor.reshape(())
+    if factor.ndim == weight.ndim - 1:
+        factor = factor.unsqueeze(-1)
+    fits = factor.ndim == weight.ndim and factor.shape[:-2] == weight.shape[:-2]
+    for dimension, step in zip((-2, -1), block or (128, 128), strict=True):
+        length = weight.shape[dimension]
+        if not fits or factor.shape[dimension] in (1, length):
+            continue
+        fits = factor.shape[dimension] == -(-length // step)
+        if fits:
+            factor = factor.repeat_interleave(step, dimension).narrow(dimension, 0, length)
+    if not fits:
+        what = f"a scale of shape {list(scale.shape)} does not fit a weight of shape {list(weight.shape)}"
+        raise SourceError(where, what, "Check weight_block_size in config.json")
+    return weight.float().mul_(factor)
+
+
+def check_finite(tensor: Tensor, where: str) -> None:
+    """Raise NumericsError when a floating tensor holds NaN or an infinity, saying how many and where the first is."""
+    flat = tensor.reshape(-1)
+    bad, first = 0, -1
+    for start in range(0, flat.numel(), CHUNK):
+        part = flat[start : start + CHUNK]
+        wrong = ~torch.isfinite(part.float() if part.element_size() == 1 else part)  # fp8 has no isfinite of its own
+        count = int(wrong.sum())
+        if count and first < 0:
+            first = start + int(wrong.to(torch.uint8).argmax())
+        bad += count
+    if bad:
+        index = [int(number) for number in torch.unravel_index(torch.tensor(first), tensor.shape)]
+        what = f"{bad} of {flat.numel()} values are not finite, the first at {index}"
+        raise NumericsError(where, what, "The checkpoint is damaged or overflowed in training: take another revision")
+
+
+def tied(config: Mapping[str, Any], tensors: Iterable[str], head: str = "lm_head.weight") -> bool:
+    """Whether the output head is the embedding table: the head's own tensor is absent and the config does not deny it.
+
+    The tensors are the truth. What config.json leaves out differs by family (transformers 5: Gemma True, Llama False),
+    and a head that is present is used as stored. A config that says `false` beside an absent head is a missing weight.
+    """
+    text = config.get("text_config")
+    declared = [part.get("tie_word_embeddings") for part in (config, text) if isinstance(part, dict)]
+    return head not in set(tensors) and False not in declared
+
+
+def travels(path: str, size: int) -> bool:
+    """Whether a file goes along with the model: no weight, and at most 32 MiB (config, tokenizer, licence, ...)."""
+    return size <= SMALL_LIMIT_BYTES and not path.lower().endswith(WEIGHTS)

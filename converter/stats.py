@@ -1,0 +1,212 @@
+"""What calibration remembers of a tap: sums over every row that passed through it, never the rows themselves.
+
+The sums serve every method at once: RTN and imatrix read `sum_squares`, AWQ `abs_sum`, SmoothQuant `abs_max`, static
+activation scales `minimum` and `maximum`, GPTQ `gram`. They add up, so rows can be sharded, and they follow a column
+scale, so a fold needs no second forward. The alternative, keeping the rows, is needed only by gradient methods and
+costs sequences x length x columns per tap.
+"""
+
+# N rows (tokens), I columns (input features of the tap's linears)
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from converter.errors import NumericsError
+
+# Columns per accumulation step. It fixes the shapes of the matrix products, hence the bits of the result, so it must
+# not follow the number of workers. Only the part right of each stripe's left edge is computed: half the work.
+STRIPE_COLUMNS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class TapStats:
+    """Sums over the N = `rows` rows x of one tap.
+
+    sum_squares, abs_sum [I] f64; abs_max, minimum, maximum [I] f32; gram [I, I] f32 is the sum of x x^T, None when it
+    was not asked for. diag(gram) equals sum_squares to f32 rounding.
+    Raises NumericsError when any of it is not finite.
+    """
+
+    rows: int
+    sum_squares: Tensor
+    abs_sum: Tensor
+    abs_max: Tensor
+    minimum: Tensor
+    maximum: Tensor
+    gram: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        columns = len(self.sum_squares)
+        finite = torch.isfinite(self.sum_squares) & torch.isfinite(self.abs_max)
+        if self.gram is not None:
+            assert self.gram.shape == (columns, columns)
+            finite &= torch.isfinite(self.gram.diagonal())
+        broken = columns - int(finite.sum())
+        if broken:
+            raise NumericsError(
+                "activation statistics",
+                f"{broken} of {columns} columns are not finite over {self.rows} rows",
+                "Check the model's weights for overflow, or set calibration.skip_bad_rows",
+            )
+
+    def __add__(self, other: TapStats) -> TapStats:
+        """The statistics of both sets of rows together, associative up to rounding; gram is None if either one's is."""
+        gram = None if self.gram is None or other.gram is None else self.gram + other.gram
+        return TapStats(
+            rows=self.rows + other.rows,
+            sum_squares=self.sum_squares + other.sum_squares,
+            abs_sum=self.abs_sum + other.abs_sum,
+            abs_max=torch.maximum(self.abs_max, other.abs_max),
+            minimum=torch.minimum(self.minimum, other.minimum),
+            maximum=torch.maximum(self.maximum, other.maximum),
+            gram=gram,
+        )
+
+    def scaled(self, column_scale: Tensor) -> TapStats:
+        """The statistics of x / column_scale: what a tap sees once a norm absorbed 1 / column_scale.
+
+        column_scale [I], positive. With D = diag(column_scale): gram' = D^-1 gram D^-1.
+        """
+        assert bool((column_scale > 0).all()), "a fold divides by positive column scales"
+        wide, narrow = column_scale.double(), column_scale.float()
+        gram = None if self.gram is None else (self.gram / narrow[:, None]).div_(narrow)
+        return TapStats(
+            rows=self.rows,
+            sum_squares=self.sum_squares / wide.square(),
+            abs_sum=self.abs_sum / wide,
+            abs_max=self.abs_max / narrow,
+            minimum=self.minimum / narrow,
+            maximum=self.maximum / narrow,
+            gram=gram,
+        )
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """These statistics as named tensors for a file; of the symmetric gram only the upper triangle, row by row."""
+        tensors = {
+            "rows": torch.tensor([self.rows], dtype=torch.int64),
+            "sum_squares": self.sum_squares,
+            "abs_sum": self.abs_sum,
+            "abs_max": self.abs_max,
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+        }
+        if self.gram is not None:
+            tensors["gram_upper"] = _upper_triangle(self.gram)
+        return tensors
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> TapStats:
+    """The statistics that `TapStats.to_tensors` wrote, bit for bit."""
+    return TapStats(
+        rows=int(tensors["rows"]),
+        sum_squares=tensors["sum_squares"],
+        abs_sum=tensors["abs_sum"],
+        abs_max=tensors["abs_max"],
+        minimum=tensors["minimum"],
+        maximum=tensors["maximum"],
+        gram=_from_upper_triangle(tensors["gram_upper"], len(tensors["abs_max"])) if "gram_upper" in tensors else None,
+    )
+
+
+def pack(stats: Mapping[str, TapStats]) -> dict[str, Tensor]:
+    """The statistics of several taps as one flat set of tensors named "tap/field"."""
+    return {f"{tap}/{field}": tensor for tap, one in stats.items() for field, tensor in one.to_tensors().items()}
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> dict[str, TapStats]:
+    """What `pack` packed, by tap name; a mapping that reads lazily is read one tap after another."""
+    taps: dict[str, dict[str, str]] = {}
+    for name in tensors:
+        tap, _, field = name.rpartition("/")
+        taps.setdefault(tap, {})[field] = name
+    return {tap: from_tensors({field: tensors[name] for field, name in names.items()}) for tap, names in taps.items()}
+
+
+def observe(hidden: Tensor, gram: bool) -> TapStats:
+    """The statistics of the rows of hidden [N, I]; with `gram` also the sum of x x^T."""
+    collector = Collector(columns=hidden.shape[-1], gram=gram, device=hidden.device)
+    for step in collector.steps(hidden):
+        step()
+    return collector.stats()
+
+
+class Collector:
+    """Adds rows to one set of buffers in place: memory stays that of one TapStats however many rows come."""
+
+    def __init__(self, columns: int, gram: bool, device: torch.device | str = "cpu") -> None:
+        self.rows = 0
+        self.sum_squares = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.abs_sum = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.minimum = torch.full((columns,), torch.inf, device=device)
+        self.maximum = torch.full((columns,), -torch.inf, device=device)
+        self.gram = torch.zeros(columns, columns, device=device) if gram else None
+
+    def steps(self, hidden: Tensor) -> list[Callable[[], None]]:
+        """The additions of hidden [N, I] as calls that touch disjoint columns: run all, in any order or at once.
+
+        Calls for the next hidden must wait until these are done; then the result is the same on any number of threads.
+        """
+        self.rows += len(hidden)
+        rows = hidden.float()
+        starts = range(0, hidden.shape[-1], STRIPE_COLUMNS)
+        return [lambda start=start: self._add_stripe(rows, start) for start in starts]  # type: ignore[misc]
+
+    def stats(self) -> TapStats:
+        """The statistics of everything added; the collector's buffers become theirs, so it is not used after this."""
+        assert self.rows > 0, "no rows were added"
+        if self.gram is not None:
+            _mirror(self.gram)
+        return TapStats(
+            rows=self.rows,
+            sum_squares=self.sum_squares,
+            abs_sum=self.abs_sum,
+            abs_max=torch.maximum(self.maximum, -self.minimum),
+            minimum=self.minimum,
+            maximum=self.maximum,
+            gram=self.gram,
+        )
+
+    def _add_stripe(self, hidden: Tensor, start: int) -> None:
+        stop = min(start + STRIPE_COLUMNS, hidden.shape[-1])
+        stripe = hidden[:, start:stop]
+        wide = stripe.double()
+        self.sum_squares[start:stop] += wide.square().sum(0)
+        self.abs_sum[start:stop] += wide.abs().sum(0)
+        # amin and amax apart: aminmax along the rows was measured 30 times as slow as the two together
+        self.minimum[start:stop] = torch.minimum(self.minimum[start:stop], stripe.amin(0))
+        self.maximum[start:stop] = torch.maximum(self.maximum[start:stop], stripe.amax(0))
+        if self.gram is not None:
+            self.gram[start:stop, start:].addmm_(stripe.T, hidden[:, start:])
+
+
+def _mirror(gram: Tensor) -> None:
+    """Make `gram` symmetric in place from its upper triangle, stripe by stripe so that no second matrix exists."""
+    for start in range(0, len(gram), STRIPE_COLUMNS):
+        stop = start + STRIPE_COLUMNS
+        square = gram[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).T)
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+
+
+def _upper_triangle(gram: Tensor) -> Tensor:
+    columns = len(gram)
+    upper = gram.new_empty(columns * (columns + 1) // 2)
+    offset = 0
+    for i in range(columns):
+        upper[offset : offset + columns - i] = gram[i, i:]
+        offset += columns - i
+    return upper
+
+
+def _from_upper_triangle(upper: Tensor, columns: int) -> Tensor:
+    gram = upper.new_zeros(columns, columns)
+    offset = 0
+    for i in range(columns):
+        gram[i, i:] = upper[offset : offset + columns - i]
+        offset += columns - i
+    _mirror(gram)
+    return gram

@@ -1,0 +1,68 @@
+"""Tensors in a file that is either whole or not there: what one step leaves for the next.
+
+Written under a temporary name, flushed to the disk, then renamed: a kill at any moment leaves no half file under the
+final name, and two writers of the same file do not meet. A read tensor is a view of the mapped file, so that rows of a
+hidden state can be read one by one; the price is that the pages read stay charged until memory is wanted elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from converter.errors import SourceError
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a file by name, each read when asked for; `metadata` is what was saved with them."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = _open(path)
+        self._names: tuple[str, ...] = tuple(self._file.keys())
+        self.metadata: Mapping[str, str] = self._file.metadata() or {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors and metadata to `path`, which then holds all of them or, after a kill, what it held before."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        safetensors.torch.save_file(
+            {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, part, dict(metadata or {})
+        )
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (OSError, safetensors.SafetensorError) as error:
+        what = f"the file cannot be read: {error}"
+        raise SourceError(str(path), what, "Delete it and run again: it is computed anew") from error
+
+
+def load(path: Path) -> TensorFile:
+    """The tensors in `path`, read when asked for. Raises SourceError when it is missing or no safetensors file."""
+    return TensorFile(path)

@@ -1,0 +1,96 @@
+"""Tasks on Ray: an embedded cluster of this machine's cores, or one that runs already.
+
+Ray moves names, never tensors: a task and the store's path go out, an outcome comes back, files stay where they are. On
+a cluster of several machines the output folder must be one that all of them share. An application error is part of the
+outcome, so Ray's own retries are left for what they are good at: a worker or a node that died.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from converter.errors import UnsupportedError
+from jobs.steps import Outcome, run
+from jobs.store import Store
+from jobs.task import Task
+
+OBJECT_STORE_BYTES = 100_000_000  # outcomes are a few hundred bytes
+RETRIES = 3
+
+
+class RayExecutor:
+    """Runs tasks in Ray workers. address None: a cluster inside this process, gone when it is closed."""
+
+    def __init__(self, address: str | None, cpus: int, gpus: int = 0) -> None:
+        # Usage statistics would be a call to the outside, and an unset auth mode writes a token file into the home
+        # directory that later changes how other clusters start; both are read from the environment alone.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        settings: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+        if address is None:
+            settings |= {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False}
+            settings |= {"object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": _short_folder()}
+            address = "local"
+        try:
+            ray.init(address=address, runtime_env={"env_vars": _worker_environment()}, **settings)
+        except (ConnectionError, RuntimeError) as error:
+            raise UnsupportedError(
+                f"Ray at {address}",
+                f"no cluster answers: {error}",
+                "Start one with `ray start --head`, or leave out --address",
+            ) from error
+        self._remote = ray.remote(run)
+        self._running: dict[Any, Task] = {}
+        self._cpus = int(ray.cluster_resources().get("CPU", 1))
+
+    @property
+    def slots(self) -> int:
+        """As many tasks as there are cores, and one more that is ready when a core comes free."""
+        return self._cpus + 1
+
+    def submit(self, task: Task, store: Store) -> None:
+        needs = task.resources
+        call = self._remote.options(
+            num_cpus=min(needs.cpus, self._cpus), num_gpus=needs.gpus, max_retries=RETRIES, name=task.title
+        )
+        self._running[call.remote(task, store, needs.cpus)] = task
+
+    def wait(self, seconds: float) -> Sequence[Outcome]:
+        if not self._running:
+            return []
+        ended, _ = ray.wait(list(self._running), num_returns=1, timeout=seconds)
+        return [self._outcome(reference) for reference in ended]
+
+    def _outcome(self, reference: Any) -> Outcome:
+        task = self._running.pop(reference)
+        try:
+            outcome: Outcome = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[0]
+            what = f"{task.title}: its worker was lost {RETRIES + 1} times: {reason}"
+            return Outcome(
+                key=task.key, seconds=0.0, peak_bytes=0, error=f"{what}. Look at memory and disk, then run again."
+            )
+        return outcome
+
+    def close(self) -> None:
+        for reference in self._running:
+            ray.cancel(reference, force=True)
+        self._running = {}
+        ray.shutdown()
+
+
+def _short_folder() -> str:
+    """A folder for Ray's sockets: their names must stay under 107 characters, whatever TMPDIR says."""
+    return tempfile.mkdtemp(prefix="hubmill-", dir="/tmp" if sys.platform != "win32" else None)
+
+
+def _worker_environment() -> dict[str, str]:
+    """What workers need to find this code when it runs from a checkout."""
+    return {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

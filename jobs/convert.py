@@ -1,0 +1,319 @@
+"""One run from beginning to end: plan, refuse or go on, drive, compare, and say what came of it.
+
+The order is the promise: everything that can fail early fails in `prepare`, before the output folder is touched; the
+lock is written before work starts; and the comparison is written from what finished tasks recorded, also when others
+failed, so a night that half worked is half done and says which half.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from converter.compare import report, tables
+from converter.errors import HubmillError, ManifestError, UnsupportedError
+from converter.lock import lock_text, read_lock
+from converter.manifest import Job, Manifest
+from converter.progress import Display
+from jobs.drive import Executor, InProcess, Progress, drive
+from jobs.planner import PlannedJob, Work
+from jobs.prepare import Prepared, Room, prepare, room, shortages
+from jobs.steps import open_hub, repo_kind
+from jobs.store import Store, write_json, write_text
+from jobs.task import Graph, Task
+
+Place = Literal["ray", "inprocess"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How to run a manifest. only: jobs to do, as model/target or model or target names; empty: all.
+
+    skip_unsupported: leave out jobs that cannot be done in place of refusing the run.
+    """
+
+    manifest: Manifest
+    out: Path
+    executor: Place = "ray"
+    address: str | None = None
+    only: tuple[str, ...] = ()
+    device: str = "cpu"
+    skip_unsupported: bool = False
+
+    @property
+    def store(self) -> Store:
+        return Store(run=(self.out / self.manifest.name).absolute())
+
+    def chosen(self) -> frozenset[str]:
+        """The jobs that --only leaves, as model/target.
+
+        Raises ManifestError when it names one that the manifest does not have.
+        """
+        jobs = self.manifest.jobs()
+        for name in self.only:
+            if not any(name in _names(job) for job in jobs):
+                known = ", ".join(job.key for job in jobs)
+                raise ManifestError((f"--only {name}: the manifest has no such job. It has {known}.",))
+        return frozenset(job.key for job in jobs if not self.only or _names(job).intersection(self.only))
+
+
+def _names(job: Job) -> set[str]:
+    return {job.key, job.model.name, job.target.name}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came of a run: rows of the comparison, and failures as (task, error)."""
+
+    rows: tuple[dict[str, Any], ...]
+    failures: tuple[tuple[str, str], ...]
+    tasks_run: int
+
+    @property
+    def exit_code(self) -> int:
+        return int(bool(self.failures) or any(row["status"] == "failed" for row in self.rows))
+
+
+class Refused(HubmillError):  # noqa: N818 - it is a decision, not a mistake in the program
+    """The run was not started; `problems` are full sentences, each saying what to do."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        Exception.__init__(self, tuple(problems))
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A planned run: what the machine has, which tasks are done and needed, and every reason not to start."""
+
+    prepared: Prepared
+    room: Room
+    done: frozenset[str]
+    needed: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+def plan(run: Run) -> Ready:
+    """Everything `convert` would do."""
+    chosen = run.chosen()
+    here = room(run.store.run)
+    prepared = prepare(run.manifest, run.manifest.jobs(), run.store, here.cpus, run.device)
+    graph = prepared.plan.graph
+    done = finished(graph, run.store)
+    ends = [key for key, task in graph.tasks.items() if not graph.readers[key] and task.subject in chosen]
+    needed = graph.needed(done, ends)
+    problems = [error for key, error in prepared.problems.items() if key in chosen]
+    reasons = [] if run.skip_unsupported and len(problems) < len(chosen) else problems
+    if run.address is None:
+        writes = any(graph.tasks[key].kind != "publish" for key in needed)
+        reasons += [str(lack) for lack in shortages(prepared.plan, here, writes, str(run.store.run))]
+    if needed:
+        reasons += _hub_problems(run.manifest, [job for job in prepared.plan.jobs if job.subject in chosen])
+    return Ready(
+        prepared=prepared,
+        room=here,
+        done=frozenset(done),
+        needed=tuple(needed),
+        reasons=tuple(dict.fromkeys(reasons)),
+    )
+
+
+def _hub_problems(manifest: Manifest, jobs: Sequence[PlannedJob]) -> Iterator[str]:
+    """Why publishing could not succeed, found before any work; one question for each owner and kind of repo."""
+    asked = set()
+    for job in jobs:
+        if manifest.publish and job.repo:
+            kind = repo_kind(job.target)
+            place = job.repo if manifest.publish.hub.startswith("folder:") else job.repo.rpartition("/")[0]
+            if (place, kind) not in asked:
+                asked.add((place, kind))
+                try:
+                    open_hub(manifest.publish.hub, manifest.publish.private).check(job.repo, kind)
+                except HubmillError as error:
+                    yield str(error)
+
+
+def convert(run: Run, display: Display) -> Result:
+    """Do what the manifest says. Raises Refused before anything is written when it cannot be done."""
+    check_owner(run)
+    ready = plan(run)
+    if ready.reasons:
+        raise Refused(ready.reasons)
+    store, prepared, graph = run.store, ready.prepared, ready.prepared.plan.graph
+    with only_run(store):
+        facts = {job.subject: {"files": dict(job.artifact.files)} for job in prepared.plan.jobs}
+        if len(prepared.commits) == len({job.model.name for job in run.manifest.jobs()}):
+            write_text(store.run / "manifest.lock.yaml", lock_text(run.manifest, prepared.commits, facts))
+        state = Progress(done=set(ready.done))
+        if ready.needed:
+            store.sweep()
+            executor = _executor(run, ready.room)
+            try:
+                state = drive(graph, ready.needed, ready.done, executor, store, display.show)
+            finally:
+                executor.close()
+        rows = [_row(store, job, prepared, state) for job in run.manifest.jobs()]
+        write_comparison(run, rows, _measured(graph, state, store))
+    failures = tuple((graph.tasks[key].title, error) for key, error in state.failed.items())
+    return Result(rows=tuple(rows), failures=failures, tasks_run=len(ready.needed))
+
+
+def publish(run: Run, display: Display) -> Result:
+    """Publish the artifacts that are finished, in this process; converts nothing."""
+    ready = plan(run)
+    store, graph = run.store, ready.prepared.plan.graph
+    chosen = run.chosen()
+    todo = [
+        key
+        for key, task in graph.tasks.items()
+        if task.kind == "publish" and task.subject in chosen and ready.done.issuperset(task.reads)
+    ]
+    if not todo:
+        raise UnsupportedError(str(store.run), "nothing is finished yet", "Run hubmill convert first")
+    with only_run(store):
+        state = drive(graph, todo, ready.done - set(todo), InProcess(ready.room.cpus), store, display.show)
+    failures = tuple((graph.tasks[key].title, error) for key, error in state.failed.items())
+    return Result(rows=(), failures=failures, tasks_run=len(todo))
+
+
+def pick_device(name: str) -> str:
+    """The device that cpu, cuda or auto means here; auto takes a GPU when torch sees one.
+
+    Raises UnsupportedError when cuda is asked for and there is none.
+    """
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise UnsupportedError("--device cuda", "torch sees no GPU here", "Use --device cpu, or install torch for CUDA")
+    return "cuda" if there and name != "cpu" else "cpu"
+
+
+def _executor(run: Run, here: Room) -> Executor:
+    if run.executor == "inprocess":
+        return InProcess(here.cpus)
+    from jobs.cluster import RayExecutor  # ray takes seconds to import and is not needed in-process
+
+    return RayExecutor(run.address, here.cpus, gpus=int(run.device == "cuda"))
+
+
+def check_owner(run: Run) -> None:
+    """Refuse a folder that another manifest of the same name filled."""
+    lock = read_lock(run.store.run / "manifest.lock.yaml")
+    if lock is None:
+        return
+    sources = {model.source for model in run.manifest.models}
+    theirs = set(lock.sources.values())
+    ours = {os.path.basename(source.rstrip("/")) for source in sources}
+    if not ours & {os.path.basename(source.rstrip("/")) for source in theirs}:
+        raise UnsupportedError(
+            str(run.store.run),
+            f"these are the results of another manifest named '{run.manifest.name}', of {', '.join(sorted(theirs))}",
+            f"Choose another --out or another name:, or remove {run.store.run / 'manifest.lock.yaml'} to take it over",
+        )
+
+
+@contextmanager
+def only_run(store: Store) -> Iterator[None]:
+    """Hold the run's folder; the system lets go of it when this process ends, however it ends."""
+    store.work.mkdir(parents=True, exist_ok=True)
+    with (store.work / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UnsupportedError(
+                str(store.run), "another run is working in this folder", "Wait for it, or choose another --out"
+            ) from error
+        yield
+
+
+def finished(graph: Graph, store: Store) -> set[str]:
+    """The tasks whose results are there, in full size, under their final names."""
+    return {key for key in store.done() if key in graph.tasks and _whole(graph.tasks[key], store)}
+
+
+def _whole(task: Task, store: Store) -> bool:
+    if not isinstance(task.work, Work) or task.work.target is None:
+        return True
+    if task.kind == "assemble":
+        return _has(store.output(task.key), store.record(task.key)["files"])
+    if task.kind == "finish":
+        folder = store.run / task.work.model.name / task.work.target.name
+        return _has(folder, store.record(task.key)["row"]["files"])
+    if task.kind == "publish" and task.work.hub.startswith("folder:"):
+        return (Path(task.work.hub.removeprefix("folder:")) / task.work.repo).exists()
+    return True
+
+
+def _has(folder: Path, files: Sequence[Mapping[str, Any]]) -> bool:
+    paths = [(folder / item["path"], item["bytes"]) for item in files]
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths)
+
+
+def _measured(graph: Graph, state: Progress, store: Store) -> dict[str, dict[str, Any]]:
+    """The evaluation records of finished jobs, by model/target."""
+    return {
+        task.subject: store.record(key)
+        for key, task in graph.tasks.items()
+        if task.kind == "evaluate" and key in state.done
+    }
+
+
+def _row(store: Store, job: Job, prepared: Prepared, state: Progress) -> dict[str, Any]:
+    """The job's row of the comparison, whatever became of it."""
+    row = {"model": job.model.name, "target": job.target.name, "format": job.target.format}
+    if job.key in prepared.problems:
+        return row | {"status": "skipped", "error": prepared.problems[job.key]}
+    graph = prepared.plan.graph
+    finish = next(key for key, task in graph.tasks.items() if task.kind == "finish" and task.subject == job.key)
+    if finish in state.done:
+        done: dict[str, Any] = store.record(finish)["row"]
+        return done
+    for key, error in state.failed.items():
+        if key == finish or finish in graph.dependents(key):
+            return row | {"status": "failed", "error": error}
+    return row | {"status": "skipped", "error": "left out by --only and not made before"}
+
+
+def write_comparison(run: Run, rows: Sequence[dict[str, Any]], measured: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write comparison.json, the two Parquet tables and the report into the run's folder."""
+    folder = run.store.run
+    sources = _sources(run.manifest, rows)
+    texts = {
+        "calibration": run.manifest.calibration.model_dump(mode="json"),
+        "evaluation": run.manifest.evaluation.model_dump(mode="json"),
+    }
+    content = tables.comparison(run.manifest.name, sources, rows, texts)
+    tensors = [
+        {"model": subject.rpartition("/")[0], "target": subject.rpartition("/")[2]} | dict(tensor)
+        for subject, record in measured.items()
+        for tensor in record["tensors"]
+    ]
+    blocks = {
+        (subject.rpartition("/")[0], subject.rpartition("/")[2]): record["blocks"]
+        for subject, record in measured.items()
+    }
+    tables.write_table(tables.artifact_table(rows), folder / "comparison.parquet")
+    tables.write_table(tables.tensor_table(tensors), folder / "tensors.parquet")
+    write_text(folder / "report.html", report.report_html(content, tensors, blocks))
+    write_json(folder / "comparison.json", content)
+
+
+def _sources(manifest: Manifest, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The originals with their own figures, one a model."""
+    found: dict[str, dict[str, Any]] = {
+        job.model.name: {"model": job.model.name, "source": job.model.source.partition(":")[0]}
+        for job in manifest.jobs()
+    }
+    for row in rows:
+        if row["status"] == "done":
+            found[row["model"]] |= row["source"]
+    return list(found.values())

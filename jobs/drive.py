@@ -1,0 +1,174 @@
+"""Drive a graph to its end: what is needed, what is ready, what failed and what that takes with it.
+
+An executor says where a task runs; this loop says which and when, the same for all of them. Submission is bounded by
+the executor's slots, so a thousand planned tasks do not pin a thousand arguments, and what is submitted is taken in
+the graph's order, so statistics are used while they are there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+from converter.progress import Event
+from jobs.steps import Outcome, run
+from jobs.store import Store
+from jobs.task import Graph, Task
+
+POLL_SECONDS = 0.5
+
+
+class Executor(Protocol):
+    """A place where tasks run. `slots` tasks are submitted at once, and no more."""
+
+    @property
+    def slots(self) -> int: ...
+
+    def submit(self, task: Task, store: Store) -> None: ...
+
+    def wait(self, seconds: float) -> Sequence[Outcome]:
+        """The outcomes of tasks that ended, after at most this many seconds; none when nothing did."""
+        ...
+
+    def close(self) -> None:
+        """Stop whatever still runs and let go of the place."""
+        ...
+
+
+class InProcess:
+    """Plain calls in this process, one after the other, with all its cores: `pdb` works, and so does a profiler."""
+
+    slots = 1
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._ended: list[Outcome] = []
+
+    def submit(self, task: Task, store: Store) -> None:
+        self._ended.append(run(task, store, self._threads))
+
+    def wait(self, seconds: float) -> Sequence[Outcome]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def close(self) -> None:
+        self._ended = []
+
+
+@dataclass
+class Progress:
+    """The state of a run while it is driven: keys by what became of them."""
+
+    done: set[str]
+    failed: dict[str, str] = field(default_factory=dict)  # key -> error
+    skipped: dict[str, str] = field(default_factory=dict)  # key -> title of the task that failed before it
+    running: dict[str, float] = field(default_factory=dict)  # key -> when it was submitted
+
+    def settled(self, key: str) -> bool:
+        return key in self.done or key in self.failed or key in self.skipped
+
+
+Show = Callable[[Event], None]
+
+
+def drive(
+    graph: Graph, needed: Sequence[str], done: Iterable[str], executor: Executor, store: Store, show: Show
+) -> Progress:
+    """Run the tasks that are needed; returns what became of each. A KeyboardInterrupt leaves the state resumable."""
+    state = Progress(done=set(done))
+    todo = list(needed)
+    share = _shares(graph, todo)
+    while todo or state.running:
+        for key in _ready(graph, todo, state)[: max(0, executor.slots - len(state.running))]:
+            todo.remove(key)
+            state.running[key] = time.monotonic()
+            _say(store, show, _event(graph, state, share, key, "start"))
+            executor.submit(graph.tasks[key], store)
+        for outcome in executor.wait(POLL_SECONDS):
+            state.running.pop(outcome.key, None)
+            _settle(graph, todo, state, outcome)
+            _say(store, show, _event(graph, state, share, outcome.key, "failed" if outcome.error else "done", outcome))
+            _forget_temporaries(graph, state, store, outcome.key)
+        for key in state.running:
+            show(_event(graph, state, share, key, "running", fraction=store.progress(key)))
+    return state
+
+
+def _ready(graph: Graph, todo: Sequence[str], state: Progress) -> list[str]:
+    """What may start: everything it reads is done, everything it waits for is settled or not needed at all."""
+    pending = set(todo) | set(state.running)
+    return [
+        key
+        for key in todo
+        if all(read in state.done for read in graph.tasks[key].reads)
+        and not any(wait in pending for wait in graph.tasks[key].waits)
+    ]
+
+
+def _settle(graph: Graph, todo: list[str], state: Progress, outcome: Outcome) -> None:
+    """Record an outcome; a failure takes its dependents off the list, and what only they would have read."""
+    if not outcome.error:
+        state.done.add(outcome.key)
+        return
+    state.failed[outcome.key] = outcome.error
+    for key in graph.dependents(outcome.key):
+        if key in todo:
+            todo.remove(key)
+            state.skipped[key] = graph.tasks[outcome.key].title
+    lost = set(state.failed) | set(state.skipped)
+    for key in reversed(todo[:]):  # readers come after what they read, so one pass from the end finds every orphan
+        readers = graph.readers[key]
+        if readers and all(reader in lost or reader in state.done for reader in readers):
+            todo.remove(key)
+            lost.add(key)
+            state.skipped[key] = graph.tasks[outcome.key].title
+
+
+def _forget_temporaries(graph: Graph, state: Progress, store: Store, key: str) -> None:
+    """Remove outputs whose every reader is done. What a failed task reads stays: its next attempt needs it."""
+    for read in graph.tasks[key].reads:
+        if graph.tasks[read].temporary and all(reader in state.done for reader in graph.readers[read]):
+            store.forget(read)
+
+
+def _shares(graph: Graph, todo: Sequence[str]) -> dict[str, list[str]]:
+    """By subject, the tasks that its bar is made of."""
+    shares: dict[str, list[str]] = {}
+    for key in todo:
+        shares.setdefault(graph.tasks[key].subject, []).append(key)
+    return shares
+
+
+def _event(
+    graph: Graph,
+    state: Progress,
+    shares: dict[str, list[str]],
+    key: str,
+    what: str,
+    outcome: Outcome | None = None,
+    fraction: float = 0.0,
+) -> Event:
+    task = graph.tasks[key]
+    keys = shares.get(task.subject, [key])
+    finished = sum(1 for other in keys if state.settled(other))
+    return Event(
+        task=key,
+        subject=task.subject,
+        state=what,  # type: ignore[arg-type]
+        title=task.title,
+        seconds=round(outcome.seconds, 3) if outcome else 0.0,
+        peak_bytes=outcome.peak_bytes if outcome else 0,
+        fraction=min(1.0, (finished + fraction) / len(keys)),
+        note=(outcome.error or outcome.note) if outcome else "",
+    )
+
+
+def _say(store: Store, show: Show, event: Event) -> None:
+    """Show an event and add it to the run's log, a line of JSON each, so that `hubmill status` needs no driver."""
+    store.events.parent.mkdir(parents=True, exist_ok=True)
+    with store.events.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": round(time.time(), 3)} | asdict(event), ensure_ascii=False) + "\n")
+    show(event)

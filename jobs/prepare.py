@@ -1,0 +1,129 @@
+"""Open every model, plan every artifact, and find out now what would fail later.
+
+Reads headers and small files only. A problem belongs to a job, not to the run: the caller decides whether to refuse the
+run or to go on without those jobs. Nothing is written but the small files of hub models.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from converter import hub
+from converter.calibration import digest
+from converter.architecture import Architecture, find
+from converter.containers.tables import CONTAINERS
+from converter.errors import HubmillError, UnsupportedError
+from converter.manifest import Job, Manifest
+from converter.methods.tables import NEEDS
+from converter.progress import bytes_text
+from jobs.planner import Model, Plan, PlannedJob, Texts, build
+from jobs.steps import text_rows
+from jobs.store import Store
+
+MEMORY_SHARE = 0.9  # of the machine's memory; the rest is the system's and the driver's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What can be done, and by job what cannot and why."""
+
+    plan: Plan
+    problems: Mapping[str, str]
+    commits: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What this machine has: cores, bytes of memory, bytes free on the disk of the output folder."""
+
+    cpus: int
+    memory_bytes: int
+    disk_bytes: int
+
+
+def prepare(manifest: Manifest, jobs: Sequence[Job], store: Store, cpus: int, device: str) -> Prepared:
+    """Plan these jobs of the manifest."""
+    problems: dict[str, str] = {}
+    models: dict[str, Model] = {}
+    planned: list[PlannedJob] = []
+    texts: dict[str, Texts] = {}
+    for job in jobs:
+        try:
+            if job.model.name not in models:
+                models[job.model.name] = _open(job, store)
+                texts[job.model.name] = _texts(manifest, models[job.model.name])
+            planned.append(_plan_job(manifest, job, models[job.model.name]))
+        except HubmillError as error:
+            problems[job.key] = str(error)
+    plan = build(manifest, planned, texts, cpus, device)
+    commits = {name: model.snapshot.commit for name, model in models.items()}
+    return Prepared(plan=plan, problems=problems, commits=commits)
+
+
+def _open(job: Job, store: Store) -> Model:
+    snapshot = hub.resolve(job.model.source, store.downloads, f"model '{job.model.name}'")
+    try:
+        architecture: Architecture | None = find(snapshot.config, f"model '{job.model.name}'")
+    except UnsupportedError:
+        architecture = None  # its weights can still be rounded; what needs more says so in _plan_job
+    return Model(name=job.model.name, snapshot=snapshot, architecture=architecture)
+
+
+def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
+    target = job.target.with_defaults()
+    needs = [NEEDS[method](target.imatrix) for method in target.methods]
+    if model.architecture is None and (target.format == "gguf" or any(need.sums or need.gram for need in needs)):
+        find(model.snapshot.config, f"{target.where}: {job.key}")  # raises, naming what is known
+    artifact = CONTAINERS[target.format].plan(model.snapshot, model.architecture, target)
+    repo = manifest.publish.repo_of(manifest.name, job) if manifest.publish else None
+    return PlannedJob(model=model, target=target, artifact=artifact, repo=repo)
+
+
+def _texts(manifest: Manifest, model: Model) -> Texts:
+    """The token rows that this model will be calibrated and measured on, by digest; finds a text that is too short."""
+    digests = ["", ""]
+    if model.architecture:
+        for index, settings in enumerate((manifest.calibration, manifest.evaluation)):
+            digests[index] = digest(text_rows(settings, model.snapshot.folder, model.name))
+    return Texts(
+        calibration=manifest.calibration,
+        calibration_sha256=digests[0],
+        evaluation=manifest.evaluation,
+        evaluation_sha256=digests[1],
+    )
+
+
+def room(folder: Path) -> Room:
+    """What this machine has for a run whose output goes to `folder`, which may not exist yet."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(text))
+    cpus = len(os.sched_getaffinity(0))
+    return Room(cpus=cpus, memory_bytes=memory, disk_bytes=shutil.disk_usage(existing).free)
+
+
+def shortages(plan: Plan, has: Room, writes: bool, where: str) -> list[UnsupportedError]:
+    """What the machine lacks for this plan; empty when it has enough. writes: whether anything is left to write."""
+    found = []
+    if writes and plan.disk_bytes > has.disk_bytes:
+        what = f"the run needs up to {bytes_text(plan.disk_bytes)} of disk, and {bytes_text(has.disk_bytes)} are free"
+        found.append(
+            UnsupportedError(where, what, "Free some, choose another --out, or take fewer targets with --only")
+        )
+    allowed = int(MEMORY_SHARE * has.memory_bytes)
+    for task in plan.graph.tasks.values():
+        if task.resources.memory_bytes > allowed:
+            need, have = bytes_text(task.resources.memory_bytes), bytes_text(has.memory_bytes)
+            what = f"{task.title} needs {need} of memory, and this machine has {have}"
+            remedy = "Use a machine with more, or fewer or shorter calibration and evaluation rows"
+            found.append(UnsupportedError(where, what, remedy))
+            break
+    return found

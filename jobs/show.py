@@ -1,0 +1,106 @@
+"""What a run would do, is doing and has done, as plain data for the command line to print."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from converter.compare.tables import read_comparison
+from converter.errors import SourceError
+from jobs.convert import Ready, Run
+from jobs.planner import PlannedJob
+from jobs.store import Store, file_sha256
+
+
+def plan_json(run: Run, ready: Ready) -> dict[str, Any]:
+    """The plan as JSON values: jobs with every tensor, what is needed and what the machine has."""
+    plan = ready.prepared.plan
+    chosen = run.chosen()
+    jobs = [_job_json(job, ready) for job in plan.jobs if job.subject in chosen]
+    refused = [
+        {"job": key, "state": "refused", "files": {}, "exact": True, "types": {}, "notes": [error], "tensors": []}
+        for key, error in ready.prepared.problems.items()
+        if key in chosen
+    ]
+    return {
+        "name": run.manifest.name,
+        "jobs": jobs + refused,
+        "tasks": len(plan.graph.tasks),
+        "tasks_needed": len(ready.needed),
+        "needs": {"disk_bytes": plan.disk_bytes, "memory_bytes": plan.memory_bytes},
+        "machine": {
+            "cpus": ready.room.cpus,
+            "memory_bytes": ready.room.memory_bytes,
+            "disk_bytes": ready.room.disk_bytes,
+        },
+        "refused": list(ready.reasons),
+    }
+
+
+def _job_json(job: PlannedJob, ready: Ready) -> dict[str, Any]:
+    graph = ready.prepared.plan.graph
+    left = [key for key in ready.needed if graph.tasks[key].subject == job.subject]
+    tensors = job.artifact.tensors
+    fallbacks = Counter(tensor.fallback for tensor in tensors if tensor.fallback)
+    dropped = [f"{name} is left out: {reason}" for name, reason in job.artifact.dropped.items()]
+    return {
+        "job": job.subject,
+        "state": f"{len(left)} tasks" if left else "done",
+        "format": job.target.format,
+        "files": dict(job.artifact.files),
+        "exact": job.artifact.exact,
+        "types": dict(Counter(tensor.grid.name for tensor in tensors)),
+        "notes": [f"{count} x {reason}" for reason, count in fallbacks.items()] + dropped,
+        "repo": job.repo,
+        "tensors": [
+            {
+                "name": tensor.name,
+                "source": tensor.source,
+                "shape": list(tensor.shape),
+                "type": tensor.grid.name,
+                "bytes": tensor.size_bytes,
+                "fallback": tensor.fallback,
+            }
+            for tensor in tensors
+        ],
+    }
+
+
+def status(store: Store) -> dict[str, Any]:
+    """The last thing that happened to every job, from the run's log; needs no driver."""
+    if not store.events.is_file():
+        raise SourceError(str(store.run), "nothing has run here yet", "Start with hubmill convert")
+    last: dict[str, dict[str, Any]] = {}
+    counts: Counter[str] = Counter()
+    running: dict[str, dict[str, Any]] = {}
+    for line in store.events.read_text("utf-8").splitlines():
+        event = json.loads(line)
+        counts[event["state"]] += 1
+        last[event["subject"]] = event
+        running.pop(event["task"], None)
+        if event["state"] == "start":
+            running[event["task"]] = event
+    for key, event in running.items():
+        event["note"] = f"{100 * store.progress(key):.0f} %"
+    return {"running": len(running), "done": counts["done"], "failed": counts["failed"], "tasks": list(last.values())}
+
+
+def verify(run: Path) -> list[str]:
+    """Every breach of what comparison.json lists, a sentence each; empty when all files are there and whole."""
+    found = read_comparison(run)
+    if found is None:
+        raise SourceError(
+            str(run), "there is no comparison.json", "Name a finished run's folder, such as out/quickstart"
+        )
+    problems = []
+    for row in found["artifacts"]:
+        folder = run / row["model"] / row["target"]
+        for item in row.get("files", ()):
+            path = folder / item["path"]
+            if not path.is_file():
+                problems.append(f"{path}: is missing. Run hubmill convert again.")
+            elif path.stat().st_size != item["bytes"] or file_sha256(path) != item["sha256"]:
+                problems.append(f"{path}: is not what was written. Remove it and run hubmill convert again.")
+    return problems

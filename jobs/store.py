@@ -1,0 +1,197 @@
+"""Where a run keeps its state: files under out/<name>/.work, renamed into place when whole.
+
+    tasks/<key>/        the output of a finished task, with done.json
+    attempts/<key>.N/   the output of a task that is running, or was killed
+    progress/<key>      how far a running task is, a number between 0 and 1
+    events.jsonl        everything that happened, a line each
+
+A finished task is one rename, so a reader never sees half of one, and a task that runs twice is harmless: the second
+rename finds the first's result and steps back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Report = Callable[[float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """The files of one run; `run` is out/<name>. Holds no state, so it travels to workers as it is."""
+
+    run: Path
+
+    @property
+    def work(self) -> Path:
+        return self.run / ".work"
+
+    @property
+    def events(self) -> Path:
+        return self.work / "events.jsonl"
+
+    @property
+    def downloads(self) -> Path:
+        """Where models from hubs are kept."""
+        return self.work / "hub"
+
+    def output(self, key: str) -> Path:
+        """The folder of a finished task's files."""
+        return self.work / "tasks" / key
+
+    def record(self, key: str) -> dict[str, Any]:
+        """What a finished task left in its done.json."""
+        data: dict[str, Any] = json.loads((self.output(key) / "done.json").read_text("utf-8"))
+        return data
+
+    def done(self) -> set[str]:
+        """The keys of every finished task."""
+        folder = self.work / "tasks"
+        return {item.name for item in folder.iterdir() if (item / "done.json").is_file()} if folder.is_dir() else set()
+
+    @contextmanager
+    def attempt(self, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """A fresh folder for a task's files and a record for its done.json; both become the output when the body ends.
+
+        When the body raises, the folder is removed and nothing else changes.
+        """
+        folder = self.work / "attempts" / f"{key}.{uuid.uuid4().hex[:8]}"
+        folder.mkdir(parents=True)
+        record: dict[str, Any] = {}
+        try:
+            yield folder, record
+            write_json(folder / "done.json", record)
+            sync_tree(folder)
+            self._commit(folder, self.output(key))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.progress_file(key).unlink(missing_ok=True)
+
+    def _commit(self, folder: Path, final: Path) -> None:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.rename(final)
+        except OSError:
+            if not (final / "done.json").is_file():
+                raise
+            shutil.rmtree(folder)  # the same task finished elsewhere in the meantime, with the same bytes
+        sync_folder(final.parent)
+
+    def forget(self, key: str) -> None:
+        """Remove a finished task's output, first its name, then its files, so that half of one is never seen."""
+        doomed = self.work / "attempts" / f"{key}.{uuid.uuid4().hex[:8]}"
+        doomed.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.output(key).rename(doomed)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what killed attempts left behind; only when no other run is working here."""
+        shutil.rmtree(self.work / "attempts", ignore_errors=True)
+        shutil.rmtree(self.work / "progress", ignore_errors=True)
+
+    def progress_file(self, key: str) -> Path:
+        return self.work / "progress" / key
+
+    def reporter(self, key: str) -> Report:
+        """A function that a step calls with its progress, 0 to 1; it writes at most twice a second."""
+        path = self.progress_file(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        last = 0.0
+
+        def report(fraction: float) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last > 0.5:
+                last = now
+                temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+                temporary.write_text(f"{fraction:.4f}")
+                temporary.rename(path)
+
+        return report
+
+    def progress(self, key: str) -> float:
+        """How far a running task is, between 0 and 1."""
+        try:
+            return float(self.progress_file(key).read_text())
+        except (FileNotFoundError, ValueError):
+            return 0.0
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON with stable key order, whole or not at all."""
+    text = json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring every file below `folder` to the disk, then the folders that name them."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync_folder(path)
+    sync_folder(folder)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def place(files: Mapping[str, Path], texts: Mapping[str, str], final: Path, staging: Path) -> None:
+    """Make `final` a folder with exactly these files (hard links where the disk allows) and texts.
+
+    A folder that is already there is moved aside into `staging` first, so what stands under the final name is always
+    whole: the old one, for an instant none, then the new one.
+    """
+    fresh = staging / f"place.{uuid.uuid4().hex[:8]}"
+    for name, source in files.items():
+        target = fresh / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+    for name, text in texts.items():
+        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(fresh / name, text)
+    sync_tree(fresh)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    old = staging / f"old.{uuid.uuid4().hex[:8]}"
+    if final.exists():
+        final.rename(old)
+    fresh.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)

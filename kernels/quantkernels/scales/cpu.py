@@ -1,0 +1,188 @@
+"""The scale search in numba: one candidate per SIMD lane, columns one after the other.
+
+Lanes never meet, so no sum is reassociated: the bits equal `reference.py` on every machine and with any number of
+threads. Summing along a group in several lanes would be as fast, but its bits would depend on the width of the vectors.
+Measured on one core with AVX-512: about 80 million weights a second at 64 + 16 candidates.
+
+# O out, I in, G groups of a row, N columns of a group, K candidates.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from quantkernels.scales.reference import FINE, ROUND
+
+Floats = NDArray[np.float32]
+ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def search(
+    weight_OI: Floats,
+    share_I: Floats,
+    group_size: int,
+    low: Any,
+    high: Any,
+    symmetric: bool,
+    along: Floats,
+    sign: Floats,
+    offset: Floats,
+    between: Any,
+    start: Any,
+    least_stop: Any,
+    by_crest: Any,
+    scale_OG: Floats,
+    zero_OG: Floats,
+) -> None:
+    """Fills scale_OG and zero_OG; see `quantkernels.scales.search`."""
+    lanes = max(along.shape[0], FINE)
+    x = np.empty(group_size, np.float32)
+    share = np.empty(group_size, np.float32)
+    inverse, zero = np.empty(lanes, np.float32), np.empty(lanes, np.float32)
+    products, squares = np.empty(lanes, np.float32), np.empty(lanes, np.float32)
+    count = along.shape[0]
+    for o in range(weight_OI.shape[0]):
+        for g in range(scale_OG.shape[1]):
+            first = g * group_size
+            n = min(group_size, weight_OI.shape[1] - first)
+            largest = _load(weight_OI[o, first : first + n], share_I[first : first + n], x, share)
+            if largest == ZERO:
+                scale_OG[o, g] = ZERO
+                zero_OG[o, g] = ZERO
+                continue
+            whole, centre, crest = _range(x, share, n, low, high, symmetric)
+            span = whole * (max(least_stop, by_crest * crest) - start)
+            for k in range(count):
+                inverse[k] = sign[k] * (whole * start + span * along[k])
+                zero[k] = min(max(centre + offset[k], low), high)
+            best = _best(x, share, n, low, high, inverse, zero, count, products, squares)
+            score = _score(products[best], squares[best])
+            scale = products[best] / squares[best]
+            chosen, at = zero[best], inverse[best]
+            spacing = span * between
+            for k in range(FINE):
+                inverse[k] = at + spacing * ((np.float32(k) - np.float32((FINE - 1) / 2)) * np.float32(2 / FINE))
+                zero[k] = chosen
+            best = _best(x, share, n, low, high, inverse, zero, FINE, products, squares)
+            if _score(products[best], squares[best]) > score:
+                scale = products[best] / squares[best]
+            scale_OG[o, g] = scale * largest if score > ZERO else ZERO
+            zero_OG[o, g] = chosen if score > ZERO else ZERO
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def errors(
+    weight_OI: Floats,
+    importance_I: Floats,
+    scale_OG: Floats,
+    zero_OG: Floats,
+    group_size: int,
+    low: Any,
+    high: Any,
+    error_OG: NDArray[np.float64],
+) -> None:
+    """Fills error_OG; see `quantkernels.scales.errors`. Eight sums in f64, added at the end in a fixed order."""
+    lanes = np.empty(8, np.float64)
+    for o in range(weight_OI.shape[0]):
+        for g in range(scale_OG.shape[1]):
+            first = g * group_size
+            n = min(group_size, weight_OI.shape[1] - first)
+            scale, zero = scale_OG[o, g], zero_OG[o, g]
+            divisor = scale if scale != ZERO else np.float32(np.inf)
+            lanes[:] = 0.0
+            for start in range(first, first + n, 8):
+                for k in range(min(8, first + n - start)):
+                    w = weight_OI[o, start + k]
+                    steps = _code(w / divisor, low - zero, high - zero)
+                    difference = np.float64(w) - np.float64(steps * scale)
+                    lanes[k] += np.float64(importance_I[start + k]) * difference * difference
+            total = 0.0
+            for k in range(8):
+                total += lanes[k]
+            error_OG[o, g] = total
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _code(steps: Any, lowest: Any, highest: Any) -> Any:
+    steps = lowest if steps < lowest else steps
+    steps = highest if steps > highest else steps
+    return (steps + ROUND) - ROUND
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _score(products: Any, squares: Any) -> Any:
+    return products * products / squares if squares > ZERO else ZERO
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _load(weight_N: Floats, share_N: Floats, x: Floats, share: Floats) -> Any:
+    """Fills x with the weights as parts of the largest one that has any importance, and gives that one."""
+    n = weight_N.shape[0]
+    largest, anywhere = ZERO, ZERO
+    for j in range(n):
+        magnitude = abs(weight_N[j])
+        anywhere = max(anywhere, magnitude)
+        if share_N[j] > ZERO:
+            largest = max(largest, magnitude)
+    for j in range(n):
+        share[j] = share_N[j] if largest > ZERO else ONE
+    largest = largest if largest > ZERO else anywhere
+    if largest > ZERO:
+        for j in range(n):
+            x[j] = weight_N[j] / largest
+    return largest
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _range(x: Floats, share: Floats, n: int, low: Any, high: Any, symmetric: bool) -> tuple[Any, Any, Any]:
+    """The inverse step at which the range just fits the codes, its zero point, and largest / root mean square."""
+    total, squares, minimum, maximum = ZERO, ZERO, ZERO, ZERO
+    for j in range(n):
+        total += share[j]
+        squares += share[j] * x[j] * x[j]
+        if share[j] > ZERO:
+            minimum = min(minimum, x[j])
+            maximum = max(maximum, x[j])
+    crest = np.float32(np.sqrt(total / squares))
+    if symmetric:
+        return (high - low) * HALF, ZERO, crest
+    whole = (high - low) / (maximum - minimum)
+    return whole, low - ((minimum * whole + ROUND) - ROUND), crest
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _best(
+    x: Floats,
+    share: Floats,
+    n: int,
+    low: Any,
+    high: Any,
+    inverse: Floats,
+    zero: Floats,
+    count: int,
+    products: Floats,
+    squares: Floats,
+) -> int:
+    """The number of the best candidate; leaves every candidate's sums in products and squares."""
+    for k in range(count):
+        products[k] = ZERO
+        squares[k] = ZERO
+    for j in range(n):
+        x_j, share_j = x[j], share[j]
+        product_j = share_j * x_j
+        for k in range(count):
+            code = _code(x_j * inverse[k], low - zero[k], high - zero[k])
+            products[k] += product_j * code
+            squares[k] += (share_j * code) * code
+    best, best_score = 0, ZERO
+    for k in range(count):
+        score = _score(products[k], squares[k])
+        if score > best_score:
+            best, best_score = k, score
+    return best

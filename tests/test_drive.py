@@ -1,0 +1,175 @@
+"""The task graph and the loop that drives it, without any model: what runs, in which order, what a failure takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from converter.progress import Event
+from jobs.drive import drive
+from jobs.steps import Outcome
+from jobs.store import Store
+from jobs.task import Graph, Task
+
+
+def task(name: str, *reads: Task, waits: Sequence[Task] = (), temporary: bool = False) -> Task:
+    return Task(
+        kind="quantize",
+        subject=name,
+        spec={"name": name},
+        work=None,
+        reads=tuple(read.key for read in reads),
+        waits=tuple(wait.key for wait in waits),
+        temporary=temporary,
+    )
+
+
+class Recorder:
+    """An executor that makes an empty output for each task, or fails it."""
+
+    def __init__(self, fails: Sequence[str] = (), slots: int = 1) -> None:
+        self.fails, self.slots = fails, slots
+        self.order: list[str] = []
+        self.most = 0
+        self.pending: list[tuple[Task, Store]] = []
+
+    def submit(self, task: Task, store: Store) -> None:
+        self.order.append(task.subject)
+        self.pending.append((task, store))
+        self.most = max(self.most, len(self.pending))
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        if not self.pending:
+            return []
+        task, store = self.pending.pop()  # the newest first: an order that no graph may rely on
+        failed = task.subject in self.fails
+        if not failed:
+            with store.attempt(task.key):
+                pass
+        return [Outcome(key=task.key, seconds=0.1, peak_bytes=1, error="it broke" if failed else "")]
+
+    def close(self) -> None:
+        pass
+
+
+def run(graph: Graph, tmp_path: Path, executor: Recorder) -> tuple[Store, dict[str, str], dict[str, str]]:
+    store = Store(run=tmp_path)
+    done = store.done()
+    events: list[Event] = []
+    state = drive(graph, graph.needed(done), done, executor, store, events.append)
+    assert not state.running
+    return store, state.failed, state.skipped
+
+
+def test_a_second_run_does_nothing(tmp_path: Path) -> None:
+    first = task("a")
+    graph = Graph([first, task("b", first)])
+    run(graph, tmp_path, Recorder())
+    again = Recorder()
+    run(graph, tmp_path, again)
+    assert again.order == []
+
+
+def test_a_new_end_reruns_only_what_is_new(tmp_path: Path) -> None:
+    a = task("a")
+    run(Graph([a, task("b", a)]), tmp_path, Recorder())
+    again = Recorder()
+    run(Graph([a, task("b", a), task("c", a)]), tmp_path, again)
+    assert again.order == ["c"]
+
+
+def test_a_removed_intermediate_is_made_again_only_when_it_is_read(tmp_path: Path) -> None:
+    a = task("a", temporary=True)
+    b = task("b", a)
+    store, _, _ = run(Graph([a, b]), tmp_path, Recorder())
+    assert a.key not in store.done(), "a temporary output goes when its readers are done"
+    again = Recorder()
+    run(Graph([a, b, task("c", a)]), tmp_path, again)
+    assert again.order == ["a", "c"]
+
+
+def test_a_failure_stops_only_its_dependents(tmp_path: Path) -> None:
+    a = task("a")
+    bad = task("bad", a)
+    graph = Graph([a, bad, task("after bad", bad), task("good", a)])
+    executor = Recorder(fails=["bad"])
+    store, failed, skipped = run(graph, tmp_path, executor)
+    assert set(failed.values()) == {"it broke"}
+    assert set(skipped.values()) == {"quantize bad"}
+    assert "good" in executor.order
+    assert "after bad" not in executor.order
+
+
+def test_what_a_failed_task_reads_is_kept_for_its_next_attempt(tmp_path: Path) -> None:
+    a = task("a", temporary=True)
+    graph = Graph([a, task("bad", a), task("good", a)])
+    store, _, _ = run(graph, tmp_path, Recorder(fails=["bad"]))
+    assert a.key in store.done()
+    again = Recorder()
+    run(graph, tmp_path, again)
+    assert again.order == ["bad"]
+
+
+def test_a_failed_wait_holds_nobody_back_for_ever(tmp_path: Path) -> None:
+    bad = task("bad")
+    executor = Recorder(fails=["bad"])
+    run(Graph([bad, task("waiter", waits=[bad])]), tmp_path, executor)
+    assert executor.order == ["bad", "waiter"]
+
+
+def test_waits_are_no_part_of_the_key() -> None:
+    other = task("other")
+    assert task("a").key == task("a", waits=[other]).key
+    assert task("a").key != task("a", other).key
+
+
+def test_submission_is_bounded_by_the_slots(tmp_path: Path) -> None:
+    executor = Recorder(slots=3)
+    run(Graph([task(str(index)) for index in range(20)]), tmp_path, executor)
+    assert executor.most == 3
+
+
+def test_a_killed_attempt_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
+    store = Store(run=tmp_path)
+    with pytest.raises(KeyboardInterrupt), store.attempt("quantize-1") as (folder, _):
+        (folder / "half").write_text("half a result")
+        raise KeyboardInterrupt
+    assert store.done() == set()
+    assert not list((tmp_path / ".work" / "attempts").iterdir())
+
+
+def test_the_same_task_finished_twice_is_harmless(tmp_path: Path) -> None:
+    store = Store(run=tmp_path)
+    with store.attempt("quantize-1") as (outer, record):
+        record["which"] = "late"
+        with store.attempt("quantize-1") as (_, inner):
+            inner["which"] = "early"
+        (outer / "file").write_text("x")
+    assert store.record("quantize-1")["which"] == "early"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sets(st.integers(0, 7), max_size=3), min_size=1, max_size=8),
+    st.sets(st.integers(0, 7)),
+    st.integers(1, 4),
+)
+def test_every_task_ends_done_failed_or_skipped_after_what_it_reads(
+    tmp_path_factory: pytest.TempPathFactory, edges: list[set[int]], broken: set[int], slots: int
+) -> None:
+    tasks: list[Task] = []
+    for index, reads in enumerate(edges):
+        tasks.append(task(str(index), *(tasks[read] for read in sorted(reads) if read < index)))
+    graph = Graph(tasks)
+    executor = Recorder(fails=[str(index) for index in broken], slots=slots)
+    store, failed, skipped = run(graph, tmp_path_factory.mktemp("run"), executor)
+    done = store.done()
+    assert set(graph.tasks) == done | set(failed) | set(skipped)
+    position = {subject: index for index, subject in enumerate(executor.order)}
+    for key in done:
+        for read in graph.tasks[key].reads:
+            assert position[graph.tasks[read].subject] < position[graph.tasks[key].subject]

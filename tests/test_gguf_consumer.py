@@ -1,0 +1,109 @@
+"""llama.cpp loads what we write, computes what transformers computes with the decoded weights, and tokenizes alike."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import gguf_models as tiny
+import pytest
+import torch
+from llama_peer import Llama
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from converter.containers.gguf import GGUF
+from converter.containers.gguf.pretokenizer import SPLITTINGS, Splitting, recognise
+
+PROMPT = list(range(300, 420))  # long enough that the first and last position differ in every rotated pair
+# What the reader does to activations before each product: nothing, to bf16 (8 bits of mantissa: at most 2^-9 of the
+# value, 2^-9/sqrt(3) in the mean square), or to int8 with one scale per block (half a step of amax/127; amax is about
+# 3.5 times the mean square over 256 values). All relative to the activation's size.
+ACTIVATION_ERROR = {
+    "F32": 2**-20,
+    "F16": 2**-12 / math.sqrt(3),
+    "BF16": 2**-9 / math.sqrt(3),
+    "Q8_0": 3.5 / 254 / math.sqrt(3),
+    "Q4_0": 3.5 / 254 / math.sqrt(3),
+    "Q4_K_M": 3.5 / 254 / math.sqrt(3),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return tiny.byte_level()
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def model(request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny.save_model(folder, request.param)
+    tiny.save_tokenizer(tokenizer, folder, bos_token="<|endoftext|>", eos_token="<|im_end|>")
+    return folder
+
+
+def decoded_model(folder: Path, artifact: Path) -> PreTrainedModel:
+    """The transformers model of `folder` with the weights that the artifact decodes to."""
+    _, architecture = tiny.load(folder)
+    opened = GGUF.open(artifact, architecture)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    state = {name: opened.read(name) for name in opened.names}
+    left = loaded.load_state_dict(state, strict=False)
+    assert not left.unexpected_keys and set(left.missing_keys) <= {"lm_head.weight"}
+    loaded.tie_weights()
+    return loaded.eval()
+
+
+def tolerance(type: str, logits: torch.Tensor, layers: int) -> float:
+    """Four standard deviations of the noise that activation rounding leaves in a logit.
+
+    Four products follow one another in a layer, then the head; their errors are independent and add in squares.
+    """
+    return 4 * ACTIVATION_ERROR[type] * math.sqrt(4 * layers + 1) * float(logits.std())
+
+
+@pytest.mark.parametrize("type", ACTIVATION_ERROR)
+def test_llama_cpp_computes_what_transformers_does_with_the_decoded_weights(
+    model: Path, type: str, tmp_path: Path
+) -> None:
+    tiny.write(model, tiny.target(type), tmp_path)
+    reference = decoded_model(model, tmp_path)
+    with torch.no_grad():
+        logits = reference(torch.tensor([PROMPT])).logits[0, -1]
+    expected = logits.log_softmax(-1)
+    reader = Llama(next(tmp_path.glob("*.gguf")))
+    found = reader.next_logprobs(PROMPT, count=20)
+    bound = tolerance(type, logits, tiny.SHAPE["num_hidden_layers"])
+    worst = max(abs(value - float(expected[token])) for token, value in found.items())
+    assert len(found) == 20
+    assert worst < bound, f"{worst} against {bound}"
+
+
+def test_the_file_tokenizes_as_transformers_does(model: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tiny.write(model, tiny.target("Q8_0"), tmp_path)
+    reader = Llama(next(tmp_path.glob("*.gguf")))
+    assert reader.tokenize(tiny.HARD_TEXT) == tokenizer.encode(tiny.HARD_TEXT).ids
+
+
+@pytest.mark.parametrize("splitting", SPLITTINGS, ids=lambda row: row.name)
+def test_every_splitting_of_the_table_splits_as_llama_cpp_does(splitting: Splitting, tmp_path: Path) -> None:
+    tokenizer = tiny.byte_level(splitting.steps, ignore_merges=splitting.whole_words)
+    folder = tmp_path / "model"
+    tiny.save_model(folder, "qwen3", width=64, middle=64, head_dim=8)
+    tiny.save_tokenizer(tokenizer, folder, clean_up_tokenization_spaces=splitting.cleans)
+    content = tiny.json.loads(tokenizer.to_str())
+    assert recognise(content, splitting.cleans, "test") == splitting.name
+    tiny.write(folder, tiny.target("F32"), tmp_path / "out")
+    reader = Llama(next((tmp_path / "out").glob("*.gguf")))
+    assert reader.tokenize(tiny.HARD_TEXT) == tokenizer.encode(tiny.HARD_TEXT).ids
+
+
+def test_a_sentencepiece_tokenizer_tokenizes_as_transformers_does(tmp_path: Path) -> None:
+    tokenizer = tiny.sentencepiece()
+    folder = tmp_path / "model"
+    tiny.save_model(folder, "llama", width=64, middle=64)
+    tiny.save_tokenizer(tokenizer, folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tiny.write(folder, tiny.target("F32"), tmp_path / "out")
+    reader = Llama(next((tmp_path / "out").glob("*.gguf")))
+    text = tiny.HARD_TEXT.replace("</s>", "").replace("<unk>", "")  # the prefix after a special token differs, see docs
+    assert reader.tokenize(text) == tokenizer.encode(text).ids

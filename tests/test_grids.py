@@ -1,0 +1,284 @@
+"""Grids: what the integer grids promise, for every observer and granularity."""
+
+# O out, I in, G groups of a row.
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from converter.errors import NumericsError, UnsupportedError
+from converter.grids import Coded, observers
+from converter.grids.affine import AffineGrid, per_row
+from converter.grids.plain import DTYPES
+from quantkernels import scales
+
+GRANULARITIES = [("tensor", None), ("channel", None), ("group", 32)]
+
+
+def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def error(grid: AffineGrid, weight: Tensor, importance: Tensor | None = None) -> float:
+    """The squared error of encoding, as a share of the weight's square."""
+    off = (grid.decode(grid.encode(weight, importance)) - weight).double().square()
+    share = torch.ones(weight.shape[1]) if importance is None else importance
+    return float((off * share).sum() / (weight.double().square() * share).sum())
+
+
+@pytest.mark.parametrize(
+    ("grid", "bound"),
+    [
+        (AffineGrid(bits=4, granularity="group", group_size=128, signed_scale=True), 0.0094),
+        (AffineGrid(bits=4, granularity="group", group_size=128, symmetric=False), 0.0091),
+        (AffineGrid(bits=4, granularity="group", group_size=128), 0.0103),
+        (AffineGrid(bits=4), 0.0119),
+        (AffineGrid(bits=3, granularity="group", group_size=64), 0.0314),
+        (AffineGrid(bits=2, granularity="group", group_size=32), 0.1100),
+        (AffineGrid(bits=2, signed_scale=False), 0.1497),
+        (AffineGrid(bits=2), 0.1470),
+        (AffineGrid(bits=8), 7.5e-5),
+        (AffineGrid(bits=8, granularity="tensor"), 1.0e-4),
+    ],
+    ids=lambda value: value.name if isinstance(value, AffineGrid) else str(value),
+)
+def test_the_search_reaches_the_known_error_on_gaussian_weights(grid: AffineGrid, bound: float) -> None:
+    assert error(grid, gaussian(128, 4096)) <= bound
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"), [(4, 0.0123), (8, None)], ids=["int4 g128 as published", "int8 against the formula"]
+)
+def test_minmax_is_the_formula_that_readers_publish(grid: int, expected: float | None) -> None:
+    weight = gaussian(64, 1024)
+    chosen = AffineGrid(bits=grid, granularity="group", group_size=128, observer="minmax")
+    torch.testing.assert_close(
+        chosen.fit(weight, None)["scale"], weight.unflatten(1, (-1, 128)).abs().amax(2) / ((2**grid - 1) / 2)
+    )
+    assert expected is None or error(chosen, weight) == pytest.approx(expected, rel=0.03)
+
+
+weights = st.lists(st.floats(-6e4, 6e4, width=32), min_size=1, max_size=40).map(lambda row: torch.tensor([row]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(weight=weights, bits=st.integers(2, 8), symmetric=st.booleans(), dtype=st.sampled_from(list(DTYPES)))
+def test_minmax_moves_no_weight_by_more_than_half_a_step(
+    weight: Tensor, bits: int, symmetric: bool, dtype: str
+) -> None:
+    grid = AffineGrid(
+        bits=bits, symmetric=symmetric, observer="minmax", scale_dtype=dtype, granularity="group", group_size=16
+    )
+    parts = grid.encode(weight, None)
+    decoded = grid.decode(parts)
+    limits, steps = torch.finfo(DTYPES[dtype]), 2**bits - 1
+    # The range is `steps` wide, and rounding the scale for storage moves its ends: by eps / 2 of each step while the
+    # scale is normal, by half the smallest number of the dtype below that. f32 arithmetic adds three roundings.
+    step = parts["scale"].double().repeat_interleave(16, 1)[:, : weight.shape[1]]
+    bound = step * (0.5 + steps * limits.eps / 2) + steps * limits.tiny * limits.eps + 3 * 2**-24 * weight.abs()
+    assert bool(((decoded - weight).abs() <= bound).all())
+    assert bool((decoded[weight == 0] == 0).all())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    weight=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40).map(
+        lambda row: torch.tensor([row])
+    ),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    dtype=st.sampled_from(list(DTYPES)),
+    granularity=st.sampled_from(GRANULARITIES),
+    signed=st.booleans(),
+)
+def test_any_finite_weight_gives_finite_parts_and_keeps_zeros(
+    weight: Tensor, bits: int, symmetric: bool, dtype: str, granularity: tuple[str, int | None], signed: bool
+) -> None:
+    grid = AffineGrid(
+        bits=bits, symmetric=symmetric, scale_dtype=dtype, granularity=granularity[0], group_size=granularity[1],
+        signed_scale=signed,
+    )  # fmt: skip
+    parts = grid.encode(weight, None)
+    assert bool(torch.isfinite(parts["scale"]).all()) and parts["scale"].dtype == DTYPES[dtype]
+    assert int(parts["codes"].min()) >= grid.low and int(parts["codes"].max()) <= grid.high
+    decoded = grid.decode(parts)
+    assert not bool(decoded.isnan().any()) and bool((decoded[weight == 0] == 0).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    dtype=st.sampled_from(list(DTYPES)),
+    granularity=st.sampled_from(GRANULARITIES),
+)
+def test_the_search_is_never_worse_than_minmax_by_weighted_error(
+    seed: int, bits: int, symmetric: bool, dtype: str, granularity: tuple[str, int | None]
+) -> None:
+    random = np.random.default_rng(seed)
+    weight = torch.from_numpy(random.standard_t(2, (3, 50)).astype("f"))
+    importance = torch.from_numpy((random.random(50) * (random.random(50) > 0.3)).astype("f"))
+    grid = AffineGrid(
+        bits=bits, symmetric=symmetric, scale_dtype=dtype, granularity=granularity[0], group_size=granularity[1]
+    )
+    minmax = dataclasses.replace(grid, observer="minmax")
+    # 1e-6: the same codes and scales decoded and summed here in another order.
+    assert error(grid, weight, importance) <= error(minmax, weight, importance) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_percentile_narrows_the_step_and_clips_at_most_its_share(symmetric: bool) -> None:
+    weight = gaussian(4, 50000)
+    grid = AffineGrid(bits=8, symmetric=symmetric, observer="percentile")
+    plain = dataclasses.replace(grid, observer="minmax").fit(weight, None)["scale"]
+    parts = grid.encode(weight, None)
+    assert bool((parts["scale"] < plain).all())
+    outside = (grid.decode(parts) - weight).abs() > parts["scale"]
+    assert 0 < int(outside.sum(1).max()) <= (1 if symmetric else 2) * 5
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_kl_is_never_worse_than_minmax_by_divergence(bits: int, symmetric: bool) -> None:
+    weight = torch.from_numpy(np.random.default_rng(0).standard_t(4, (8, 2048)).astype("f"))
+    counts, centres = observers.histogram(weight)
+    found = {}
+    for observer in ("kl", "minmax"):
+        grid = AffineGrid(bits=bits, symmetric=symmetric, observer=observer)
+        steps = grid.round(centres, grid.fit(weight, None)).long() - grid.low
+        found[observer] = observers.divergence(counts, steps, 2**bits)
+    assert bool((found["kl"] <= found["minmax"]).all()) and bool((found["kl"] < found["minmax"]).any())
+
+
+def test_a_histogram_counts_each_weight_once_in_its_bin() -> None:
+    counts, centres = observers.histogram(torch.tensor([[0.0, 2048.0, 1024.2, 1024.9], [5.0, 5.0, 5.0, 5.0]]))
+    assert counts.sum(1).tolist() == [4, 4]
+    assert [int(counts[0, k]) for k in (0, 1024, 2047)] == [1, 2, 1] and float(centres[0, 1024]) == 1024.5
+
+
+def test_kl_on_groups_is_refused_with_the_way_out() -> None:
+    with pytest.raises(UnsupportedError, match="observer mse"):
+        AffineGrid(bits=4, granularity="group", group_size=128, observer="kl")
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "kl", "mse"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_every_observer_survives_the_odd_weights(observer: str, symmetric: bool, granularity: str) -> None:
+    odd = {
+        "zeros": torch.zeros(3, 40),
+        "one value": torch.full((3, 40), 0.37),
+        "negative": torch.full((2, 7), -2.5),
+        "outlier": torch.cat([torch.full((2, 39), 1e-3), torch.full((2, 1), 1e30)], 1),
+        "subnormal": torch.full((2, 40), 1e-41),
+        "one column": torch.tensor([[3.0], [-3.0], [0.0]]),
+        "a vector": torch.linspace(-1, 1, 9),
+    }
+    for name, weight in odd.items():
+        grid = AffineGrid(bits=4, symmetric=symmetric, observer=observer, granularity=granularity)
+        coded = Coded(grid=grid, shape=tuple(weight.shape), parts=grid.encode(weight, None))
+        assert coded.decode().shape == weight.shape, name
+        assert bool(torch.isfinite(coded.decode()).all()), name
+        if name == "zeros":
+            assert bool((coded.decode() == 0).all())
+
+
+def test_a_group_of_one_value_is_met_to_the_precision_of_its_scale() -> None:
+    weight = torch.full((1, 64), 0.37)
+    for dtype, precision in {"F32": 2**-23, "F16": 2**-11, "BF16": 2**-8}.items():
+        assert error(AffineGrid(bits=2, scale_dtype=dtype), weight) <= precision**2
+
+
+def test_f16_scales_neither_vanish_nor_overflow() -> None:
+    grid = AffineGrid(bits=4, scale_dtype="F16")
+    small, large = torch.full((1, 8), 1e-8), torch.full((1, 8), 1e9)
+    # 2**-24 is the smallest f16; 1e-8 rounds to 0 of its steps, 5e-8 to one of them.
+    assert float(grid.fit(small, None)["scale"].abs()) == 2**-24
+    assert float(grid.decode(grid.encode(torch.full((1, 8), 5e-8), None))[0, 0]) == 2**-24
+    assert float(grid.decode(grid.encode(large, None))[0, 0]) == 7 * 65504.0
+
+
+def test_unimportant_columns_do_not_widen_the_scale() -> None:
+    weight = gaussian(4, 64)
+    importance = torch.ones(64)
+    importance[::8] = 0
+    outliers = weight.clone()
+    outliers[:, ::8] = 1e4
+    grid = AffineGrid(bits=4)
+    kept = importance > 0
+    assert torch.equal(grid.decode(grid.encode(outliers, importance))[:, kept],
+                       grid.decode(grid.encode(weight, importance))[:, kept])  # fmt: skip
+
+
+def test_constant_or_absent_importance_is_the_same() -> None:
+    weight = gaussian(5, 96)
+    grid = AffineGrid(bits=3, granularity="group", group_size=32)
+    expected = grid.encode(weight, None)
+    for importance in (torch.full((96,), 123.4), torch.zeros(96), torch.full((96,), 1e-38)):
+        parts = grid.encode(weight, importance)
+        assert all(torch.equal(parts[name], expected[name]) for name in expected)
+
+
+def test_a_short_last_group_has_a_scale_of_its_own() -> None:
+    weight = gaussian(3, 70)
+    weight[:, 64:] *= 100
+    grid = AffineGrid(bits=4, granularity="group", group_size=32, symmetric=False)
+    parts = grid.encode(weight, None)
+    assert parts["scale"].shape == (3, 3)
+    alone = dataclasses.replace(grid, granularity="channel", group_size=None)
+    assert torch.equal(grid.decode(parts)[:, 64:], alone.decode(alone.encode(weight[:, 64:], None)))
+
+
+def test_weights_in_several_chunks_equal_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = gaussian(9, 64)
+    for observer in ("mse", "kl", "percentile"):
+        grid = AffineGrid(bits=4, observer=observer, symmetric=False)
+        whole = grid.encode(weight, None)
+        monkeypatch.setattr("converter.grids.affine.CHUNK_WEIGHTS", 128)
+        pieces = grid.encode(weight, None)
+        assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+        assert torch.equal(grid.decode(whole), grid.decode(pieces))
+        monkeypatch.undo()
+
+
+def test_a_weight_that_is_not_finite_is_refused() -> None:
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(NumericsError, match="1 of its 6 values"):
+            AffineGrid(bits=4).encode(torch.tensor([[1.0, 2.0, bad], [1.0, 1.0, 1.0]]), None)
+
+
+def test_one_scale_for_the_tensor_serves_every_row() -> None:
+    grid = AffineGrid(bits=8, granularity="tensor", symmetric=False, observer="minmax")
+    parts = grid.encode(gaussian(5, 33), None)
+    assert parts["scale"].shape == parts["zero_point"].shape == (1, 1)
+    scale, zero = per_row(parts, 5)
+    assert torch.equal(grid.decode(parts), (parts["codes"] - zero) * scale)
+
+
+@pytest.mark.parametrize(("rows", "columns", "group_size"), [(5, 96, 32), (3, 70, 32), (2, 130, 130), (4, 1, 1)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("symmetric", "signed"), [(True, False), (True, True), (False, False)])
+def test_the_scale_kernel_has_the_bits_of_its_reference(
+    rows: int, columns: int, group_size: int, bits: int, symmetric: bool, signed: bool
+) -> None:
+    random = np.random.default_rng(columns + bits)
+    weight = torch.from_numpy(random.standard_t(3, (rows, columns)).astype("f"))
+    weight[0] = 0
+    importance = torch.from_numpy((random.random(columns) * (random.random(columns) > 0.2)).astype("f"))
+    bounds = {"group_size": group_size, "low": -(2 ** (bits - 1)), "high": 2 ** (bits - 1) - 1}
+    shape = {"symmetric": symmetric, "signed": signed}
+    for share in (None, importance):
+        expected = scales.search(weight, share, **bounds, **shape, backend="reference")
+        for threads in (1, 3):
+            found = scales.search(weight, share, **bounds, **shape, threads=threads)
+            assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+        exact = scales.errors(weight, share, *expected, **bounds, backend="reference")
+        # f64 sums of at most 130 terms in another order: 130 * 2**-53.
+        torch.testing.assert_close(scales.errors(weight, share, *expected, **bounds), exact, rtol=2e-14, atol=0)

@@ -1,0 +1,106 @@
+"""The shape of the house: who may import whom, which vendor enters by which door, what stays pure."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(
+    path for folder in ("converter", "jobs", "kernels/quantkernels") for path in (ROOT / folder).rglob("*.py")
+)
+NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
+
+# Vendor -> the files, or folders, by which it enters.
+DOORS = {
+    "ray": ("jobs/cluster.py",),
+    "rich": ("converter/progress.py",),
+    "typer": ("converter/cli.py",),
+    "pydantic": ("converter/manifest_fields.py", "converter/scalars.py", "converter/manifest.py"),
+    "pydantic_core": ("converter/manifest_fields.py", "converter/scalars.py"),
+    "yaml": ("converter/marks.py", "converter/architecture.py"),
+    "huggingface_hub": ("converter/hub.py",),
+    "transformers": ("converter/blocks.py",),
+    "safetensors": ("converter/tensor_file.py", "converter/source.py", "converter/containers/"),
+    "gguf": ("converter/containers/gguf/",),
+    "pyarrow": ("converter/containers/", "converter/compare/tables.py"),
+    "jinja2": ("converter/compare/report.py",),
+    "numba": ("kernels/quantkernels/",),
+    "triton": ("kernels/quantkernels/",),
+}
+PURE = (
+    "converter/architecture.py",
+    "converter/stats.py",
+    "converter/schemes.py",
+    "converter/manifest_rules.py",
+    "converter/grids/",
+    "converter/methods/",
+    "converter/compare/metrics.py",
+    "converter/containers/packing.py",
+    "converter/containers/gguf/mixture.py",
+    "jobs/task.py",
+    "jobs/planner.py",
+    "kernels/quantkernels/",
+)
+IMPURE = re.compile(
+    r"\bopen\(|\bos\.environ|\btime\.(time|monotonic|perf_counter)|\bdatetime\.now|\bsocket\b|\brequests\b"
+    r"|\.(read_text|write_text|read_bytes|write_bytes|unlink|rename|mkdir)\(|^\s*global |\brandom\.(random|randint)"
+)
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vendors_enter_by_their_doors(name: str) -> None:
+    for module in imports(ROOT / name):
+        doors = DOORS.get(module.split(".")[0])
+        assert doors is None or name.startswith(doors), f"{name} imports {module}, whose door is {doors}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_floors_know_only_what_lies_below(name: str) -> None:
+    ours = {module.split(".")[0] for module in imports(ROOT / name)} & {"converter", "jobs", "quantkernels"}
+    if name.startswith("kernels/"):
+        assert ours <= {"quantkernels"}
+    elif name.startswith("converter/") and name != "converter/cli.py":
+        assert "jobs" not in ours
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(PURE)])
+def test_pure_code_has_no_side_effects(name: str) -> None:
+    for number, line in enumerate((ROOT / name).read_text("utf-8").splitlines(), start=1):
+        code = line.split("#")[0]
+        if name == "converter/architecture.py" and "file.read_text" in code:
+            continue  # the package's own data files
+        assert not IMPURE.search(code), f"{name}:{number}: {line.strip()}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_progress_prints(name: str) -> None:
+    if name != "converter/progress.py":
+        calls = [node for node in ast.walk(ast.parse((ROOT / name).read_text("utf-8"))) if isinstance(node, ast.Call)]
+        assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+def test_kernels_folder_is_no_package_of_that_name() -> None:
+    """transformers imports a package named kernels, Hugging Face's; ours must never be found in its place."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_readme_tree_names_what_is_there() -> None:
+    tree = (ROOT / "README.md").read_text("utf-8")
+    for name in ("converter", "jobs", "kernels", "manifests", "tests", "benchmarks", "docs"):
+        assert f"{name}/" in tree
+        assert (ROOT / name).is_dir()
+    for file in re.findall(r"^  +([a-z_]+\.py) ", tree, flags=re.MULTILINE):
+        assert any(path.name == file for path in FILES), f"README's tree names {file}, which is not there"

@@ -1,0 +1,387 @@
+"""The hubs: reading models from one over HTTP, and publishing to it and to a folder.
+
+Over HTTP the real client talks to `hub_server`, which speaks the protocol and fails on demand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import READER, WRITER, HubServer, artifact, contents, hub_server
+from safetensors.torch import save
+
+from converter.errors import PublishError, SourceError
+from converter.hub import FolderHub, Hub, HuggingFaceHub, fetch, resolve
+
+__all__ = ["hub_server"]  # a fixture
+WEIGHTS = r"\.safetensors$"
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits of seconds, which a real hub needs, would only make these tests slow."""
+    monkeypatch.setattr("converter.hub.WAITS", (0.01, 0.01, 0.01))
+
+
+def model_files(tensors: int = 3, rows: int = 64) -> dict[str, bytes]:
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"layer.{n}.weight": torch.randn(rows, 256, generator=generator) for n in range(tensors)}
+    names = list(weights)
+    first, second = save({name: weights[name] for name in names[:1]}), save({name: weights[name] for name in names[1:]})
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    weight_map = {name: shards[0] if name == names[0] else shards[1] for name in names}
+    return {
+        "config.json": b'{"model_type": "llama"}',
+        "tokenizer.json": b"{}",
+        "model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": weight_map}).encode(),
+        shards[0]: first,
+        shards[1]: second,
+        "pytorch_model.bin": b"not to be fetched",
+    }
+
+
+def test_resolve_pins_the_commit_and_downloads_no_weight(hub_server: HubServer, tmp_path: Path) -> None:
+    commit = hub_server.add("owner/model", model_files(rows=1024))
+    hub_server.add("owner/model", model_files() | {"config.json": b'{"model_type": "later"}'})
+    snapshot = resolve(f"hub:owner/model@{commit}", tmp_path, "test", endpoint=hub_server.url)
+    assert (snapshot.commit, snapshot.repo, snapshot.source) == (commit, "owner/model", "hub:owner/model")
+    assert snapshot.config == {"model_type": "llama"}
+    assert {name: header.shape for name, header in snapshot.tensors.items()} == {
+        f"layer.{n}.weight": (1024, 256) for n in range(3)
+    }
+    assert (snapshot.folder / "tokenizer.json").read_bytes() == b"{}"
+    assert not list(snapshot.folder.rglob("*.safetensors"))
+    requests = hub_server.requests("GET", WEIGHTS)
+    assert len(requests) == 2 and all(entry.range == "bytes=0-99999" and entry.sent == 100_000 for entry in requests)
+    assert all(f"/resolve/{commit}/" in entry.path for entry in hub_server.requests("GET", "/resolve/"))
+    assert not hub_server.requests("GET", "pytorch_model")
+
+
+def test_header_longer_than_the_first_read_comes_whole(hub_server: HubServer, tmp_path: Path) -> None:
+    weights = {f"a.layer.with.quite.a.long.name.{n}.weight": torch.zeros(1) for n in range(1500)}
+    hub_server.add("owner/model", {"model.safetensors": save(weights)})
+    snapshot = resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
+    assert set(snapshot.tensors) == set(weights)
+    ranges = [entry.range for entry in hub_server.requests("GET", WEIGHTS)]
+    assert len(ranges) == 2 and ranges[1] is not None and ranges[1].startswith("bytes=100000-")
+
+
+def test_fetched_weights_are_the_hubs_and_a_second_fetch_asks_for_nothing(
+    hub_server: HubServer, tmp_path: Path
+) -> None:
+    files = model_files()
+    hub_server.add("owner/model", files)
+    snapshot = resolve("hub:owner/model", tmp_path / "driver", "test", endpoint=hub_server.url)
+    received: list[int] = []
+    fetched = fetch(snapshot, tmp_path / "worker", "test", endpoint=hub_server.url, report=received.append)
+    for name, data in files.items():
+        path = fetched.folder / name
+        assert not path.exists() if name == "pytorch_model.bin" else path.read_bytes() == data
+    assert fetched.read("layer.2.weight").shape == (64, 256)
+    assert sum(received) == sum(len(data) for name, data in files.items() if name != "pytorch_model.bin")
+    count = len(hub_server.log)
+    assert fetch(fetched, tmp_path / "worker", "test", endpoint=hub_server.url) == fetched
+    assert len(hub_server.log) == count
+
+
+def test_killed_download_goes_on_where_it_stopped(hub_server: HubServer, tmp_path: Path) -> None:
+    hub_server.add("owner/model", model_files(rows=1024))
+    snapshot = resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
+    hub_server.log.clear()
+    second = "model-00002-of-00002.safetensors"
+    # The first try is cut, and to each further one the hub is busy until the process gives up.
+    hub_server.fail("GET", second, cut_after=1_200_000)
+    hub_server.fail("GET", second, status=503, times=3)
+    with pytest.raises(SourceError, match=r"503"):
+        fetch(snapshot, tmp_path, "test", endpoint=hub_server.url)
+    part = snapshot.folder / ".parts" / f"{second}.part"
+    there = part.stat().st_size
+    assert 0 < there <= 1_200_000 and not (snapshot.folder / second).exists()
+    hub_server.log.clear()
+    fetched = fetch(snapshot, tmp_path, "test", endpoint=hub_server.url)
+    assert [entry.range for entry in hub_server.requests("GET", second)] == [f"bytes={there}-"]
+    assert hashlib.sha256((fetched.folder / second).read_bytes()).hexdigest() in snapshot.checksums[second]
+
+
+def test_interrupted_fetch_stops_at_once_and_goes_on_later(hub_server: HubServer, tmp_path: Path) -> None:
+    hub_server.add("owner/model", model_files(rows=4096))
+    snapshot = resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
+    received: list[int] = []
+
+    def interrupt(count: int) -> None:
+        received.append(count)
+        if len(received) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(snapshot, tmp_path, "test", endpoint=hub_server.url, report=interrupt)
+    assert len(received) < 12  # of one MiB each
+    rest: list[int] = []
+    fetch(snapshot, tmp_path, "test", endpoint=hub_server.url, report=rest.append)
+    assert sum(rest) < 12 << 20
+
+
+def test_damaged_remainder_is_fetched_anew(hub_server: HubServer, tmp_path: Path) -> None:
+    hub_server.add("owner/model", model_files())
+    snapshot = resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
+    part = snapshot.folder / ".parts" / "model-00001-of-00002.safetensors.part"
+    part.write_bytes(b"rubbish")
+    assert fetch(snapshot, tmp_path, "test", endpoint=hub_server.url).read("layer.0.weight").shape == (64, 256)
+
+
+def test_file_that_is_not_what_the_hub_states_is_refused(hub_server: HubServer, tmp_path: Path) -> None:
+    files = model_files()
+    commit = hub_server.add("owner/model", files)
+    snapshot = resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
+    name = "model-00001-of-00002.safetensors"
+    hub_server.repos["models", "owner/model"].commits[commit][name] = files[name][:-1] + b"?"
+    with pytest.raises(SourceError, match="another checksum"):
+        fetch(snapshot, tmp_path, "test", endpoint=hub_server.url)
+    assert not (snapshot.folder / name).exists()
+
+
+def test_cut_connection_and_busy_hub_are_waited_out(hub_server: HubServer, tmp_path: Path) -> None:
+    hub_server.add("owner/model", model_files(rows=1024))
+    hub_server.fail("GET", "/api/models/", status=503)
+    hub_server.fail("GET", WEIGHTS, cut_after=10)
+    hub_server.fail("GET", "tokenizer.json", status=429, headers={"Retry-After": "0"})
+    snapshot = resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
+    hub_server.fail("GET", WEIGHTS, cut_after=300_000, times=3)
+    assert fetch(snapshot, tmp_path, "test", endpoint=hub_server.url).read("layer.1.weight").shape == (1024, 256)
+
+
+def test_wait_is_the_one_that_the_hub_names(
+    hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("converter.hub.pause", lambda seconds, stop: waits.append(seconds))
+    hub_server.add("owner/model", model_files())
+    hub_server.fail("GET", "/api/models/", status=429, headers={"RateLimit": '"api";r=0;t=55'})
+    hub_server.fail("GET", "/api/models/", status=429, headers={"Retry-After": "7"})
+    hub_server.fail("GET", "/api/models/", status=429, headers={"Retry-After": "9999"})
+    resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
+    assert waits == [55.0, 7.0, 300.0]
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern", "status", "headers", "what", "remedy"),
+    [
+        ("GET", "/api/models/", 401, {}, r"does not accept the token|shows no owner/model", "HF_TOKEN"),
+        ("GET", "/api/models/", 403, {}, r"\(403\)", "access"),
+        (
+            "GET",
+            "/api/models/",
+            404,
+            {"X-Error-Code": "RepoNotFound"},
+            r"shows no owner/model \(404\)",
+            "Check the name",
+        ),
+        ("GET", "/api/models/", 429, {}, r"slow down \(429\)", "five minutes"),
+        ("GET", "/api/models/", 503, {}, r"\(503\)", "later"),
+        ("GET", WEIGHTS, 404, {"X-Error-Code": "EntryNotFound"}, "is gone", "Resolve"),
+        ("GET", WEIGHTS, 403, {"X-Error-Code": "GatedRepo"}, "gated", "Accept its terms"),
+    ],
+)
+def test_refusal_says_what_to_do_and_keeps_the_token_secret(
+    hub_server: HubServer,
+    tmp_path: Path,
+    method: str,
+    pattern: str,
+    status: int,
+    headers: dict[str, str],
+    what: str,
+    remedy: str,
+) -> None:
+    hub_server.add("owner/model", model_files())
+    hub_server.fail(method, pattern, status=status, headers=headers, times=99)
+    with pytest.raises(SourceError) as caught:
+        resolve("hub:owner/model", tmp_path, "model 3", endpoint=hub_server.url, token=READER)
+    assert caught.value.where.startswith("model 3")
+    assert re.search(what, caught.value.what) and remedy in caught.value.remedy
+    assert READER not in repr(caught.value) and caught.value.__cause__ is None
+    assert hub_server.log[0].token == READER
+
+
+def test_gated_private_and_unknown_models_and_revisions_are_told_apart(hub_server: HubServer, tmp_path: Path) -> None:
+    hub_server.add("owner/gated", model_files(), gated=True)
+    hub_server.add("owner/private", model_files())
+    hub_server.repos["models", "owner/private"].private = True
+    messages = {}
+    for name in ("gated", "private", "none", "gated@v9"):
+        with pytest.raises(SourceError) as caught:
+            resolve(f"hub:owner/{name}", tmp_path, "test", endpoint=hub_server.url)
+        messages[name] = str(caught.value)
+    assert "gated" in messages["gated"] and f"{hub_server.url}/owner/gated" in messages["gated"]
+    assert "no such revision" in messages["gated@v9"]
+    assert "if it is private, set HF_TOKEN" in messages["private"] and "Check the name" in messages["none"]
+    assert resolve("hub:owner/private", tmp_path, "test", endpoint=hub_server.url, token=READER).tensors
+
+
+def test_unreachable_hub_and_cut_connection_are_source_errors(hub_server: HubServer, tmp_path: Path) -> None:
+    hub_server.add("owner/model", model_files())
+    hub_server.fail("GET", WEIGHTS, cut_after=5, times=99)
+    with pytest.raises(SourceError, match=r"was cut \(RemoteProtocolError\)"):
+        resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
+    with pytest.raises(SourceError, match="was cut"):
+        resolve("hub:owner/model", tmp_path, "test", endpoint="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.json", "/etc/evil.json", "a/../../evil.json", "a\\..\\evil.json", "e\0.json"]
+)
+def test_file_names_that_leave_the_folder_are_refused(hub_server: HubServer, tmp_path: Path, name: str) -> None:
+    hub_server.add("owner/model", model_files() | {name: b"{}"})
+    with pytest.raises(SourceError, match="could lead out of the model's folder"):
+        resolve("hub:owner/model", tmp_path / "cache", "test", endpoint=hub_server.url)
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+@pytest.mark.parametrize("source", ["owner/model", "hub:", "s3:owner/model", "hub:owner/model/extra", "hub:a b"])
+def test_source_that_is_none_is_refused(hub_server: HubServer, tmp_path: Path, source: str) -> None:
+    with pytest.raises(SourceError):
+        resolve(source, tmp_path, "test", endpoint=hub_server.url)
+
+
+def test_hub_that_knows_no_ranges_still_serves(hub_server: HubServer, tmp_path: Path) -> None:
+    files = model_files(rows=1024)
+    hub_server.add("owner/model", files)
+    hub_server.ranges = False
+    snapshot = resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
+    name = "model-00001-of-00002.safetensors"
+    (snapshot.folder / ".parts" / f"{name}.part").write_bytes(files[name][:1000])
+    assert (fetch(snapshot, tmp_path, "test", endpoint=hub_server.url).folder / name).read_bytes() == files[name]
+
+
+def test_file_that_ends_early_without_an_error_is_a_cut(hub_server: HubServer, tmp_path: Path) -> None:
+    hub_server.add("owner/model", model_files())
+    snapshot = resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
+    hub_server.fail("GET", WEIGHTS, status=200, times=9)  # a proxy's empty page
+    with pytest.raises(SourceError, match="was cut"):
+        fetch(snapshot, tmp_path, "test", endpoint=hub_server.url)
+
+
+# Publishing
+
+
+def held(hub: Hub, repo: str, server: HubServer) -> dict[str, bytes]:
+    if isinstance(hub, FolderHub):
+        return contents(hub.root / repo)
+    return server.files(repo)
+
+
+@pytest.fixture(params=["folder", "http"])
+def hub(request: pytest.FixtureRequest, hub_server: HubServer, tmp_path: Path) -> Hub:
+    """Both hubs, for what is true of each."""
+    if request.param == "folder":
+        return FolderHub(root=tmp_path / "hub")
+    return HuggingFaceHub(endpoint=hub_server.url, token=WRITER)
+
+
+def test_hub_holds_exactly_what_was_published_last(hub: Hub, hub_server: HubServer, tmp_path: Path) -> None:
+    folder = tmp_path / "artifact"
+    files = artifact(folder, README_dot_md=b"# card", model_dot_gguf=b"GGUF" * 9, sub__empty_dot_txt=b"")
+    first = hub.publish("owner/model", folder, files, "first", "model")
+    assert first.changed and len(first.commit) == 40
+    assert held(hub, "owner/model", hub_server) == contents(folder)
+    del files["sub/empty.txt"]
+    (folder / "sub/empty.txt").unlink()
+    files |= artifact(folder, model_dot_gguf=b"GGUF" * 10, new_dot_json=b"{}")
+    second = hub.publish("owner/model", folder, files, "second", "model")
+    assert second.changed and second.commit != first.commit
+    assert held(hub, "owner/model", hub_server) == contents(folder)
+
+
+def test_second_publish_of_the_same_is_a_no_op(hub: Hub, hub_server: HubServer, tmp_path: Path) -> None:
+    files = artifact(tmp_path / "artifact", README_dot_md=b"# card", model_dot_gguf=b"GGUF" * 9)
+    first = hub.publish("owner/model", tmp_path / "artifact", files, "first", "model")
+    hub_server.log.clear()
+    second = hub.publish("owner/model", tmp_path / "artifact", files, "again", "model")
+    assert (second.commit, second.changed) == (first.commit, False)
+    assert not hub_server.requests("POST", "/commit/") and not hub_server.requests("PUT", "")
+
+
+def test_file_that_changed_since_it_was_measured_publishes_nothing(
+    hub: Hub, hub_server: HubServer, tmp_path: Path
+) -> None:
+    files = artifact(tmp_path / "artifact", README_dot_md=b"# card", model_dot_gguf=b"GGUF" * 9)
+    first = hub.publish("owner/model", tmp_path / "artifact", files, "first", "model")
+    before = held(hub, "owner/model", hub_server)
+    (tmp_path / "artifact/README.md").write_bytes(b"# cord")
+    files["model.gguf"] = "0" * 64
+    with pytest.raises(PublishError, match="sha256 differs"):
+        hub.publish("owner/model", tmp_path / "artifact", files, "second", "model")
+    assert held(hub, "owner/model", hub_server) == before and first.changed
+
+
+def test_parquet_goes_to_a_dataset_and_into_a_model_without_a_warning(
+    hub_server: HubServer, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    hub = HuggingFaceHub(endpoint=hub_server.url, token=WRITER)
+    files = artifact(tmp_path / "artifact", tensors_dot_parquet=b"PAR1" * 9)
+    assert "/datasets/" in hub.publish("owner/d", tmp_path / "artifact", files, "first", "dataset").url
+    hub.publish("owner/m", tmp_path / "artifact", files, "first", "model")
+    assert hub_server.files("owner/d", "datasets") == hub_server.files("owner/m") == contents(tmp_path / "artifact")
+    assert not [warning for warning in recwarn if "data file" in str(warning.message)]
+
+
+def test_large_file_in_parts_and_a_busy_store_arrive_in_one_commit(hub_server: HubServer, tmp_path: Path) -> None:
+    hub_server.part_bytes = 1000
+    data = bytes(range(256)) * 10
+    files = artifact(tmp_path, a_dot_gguf=data, b_dot_gguf=b"small", README_dot_md=b"# card")
+    hub_server.fail("PUT", "/_lfs/", status=503)
+    HuggingFaceHub(endpoint=hub_server.url, token=WRITER).publish("owner/model", tmp_path, files, "first", "model")
+    assert hub_server.files("owner/model")["a.gguf"] == data
+    assert len(hub_server.requests("POST", "/commit/main")) == 1
+    assert len([entry for entry in hub_server.requests("PUT", "/_lfs/.*/[0-9]+$") if entry.status == 200]) == 3
+
+
+def test_commit_by_somebody_else_in_between_is_not_overwritten(hub_server: HubServer, tmp_path: Path) -> None:
+    files = artifact(tmp_path, README_dot_md=b"# card", model_dot_gguf=b"GGUF" * 9)
+    hub = HuggingFaceHub(endpoint=hub_server.url, token=WRITER)
+    hub_server.before_commit.append(lambda: hub_server.add("owner/model", {"README.md": b"theirs"}))
+    with pytest.raises(PublishError, match="somebody else committed"):
+        hub.publish("owner/model", tmp_path, files, "ours", "model")
+    assert hub_server.files("owner/model") == {"README.md": b"theirs"}
+
+
+def test_commit_whose_answer_was_lost_counts(hub_server: HubServer, tmp_path: Path) -> None:
+    files = artifact(tmp_path, README_dot_md=b"# card")
+    hub_server.fail("POST", "/commit/main", cut_after=3)
+    hub = HuggingFaceHub(endpoint=hub_server.url, token=WRITER)
+    assert hub.publish("owner/model", tmp_path, files, "first", "model").changed
+    assert hub_server.files("owner/model") == {"README.md": b"# card"}
+
+
+def test_file_that_the_hub_leaves_out_is_an_error(hub_server: HubServer, tmp_path: Path) -> None:
+    files = artifact(tmp_path, README_dot_md=b"# card", model_dot_gguf=b"GGUF" * 9)
+    hub_server.ignored.add("model.gguf")
+    with pytest.raises(PublishError, match=r"without model\.gguf"):
+        HuggingFaceHub(endpoint=hub_server.url, token=WRITER).publish("owner/model", tmp_path, files, "m", "model")
+
+
+@pytest.mark.parametrize(
+    ("status", "what"), [(403, r"\(403\)"), (500, r"\(500\)"), (429, r"\(429\)"), (413, r"\(413\)")]
+)
+def test_refused_commit_is_told(hub_server: HubServer, tmp_path: Path, status: int, what: str) -> None:
+    files = artifact(tmp_path, README_dot_md=b"# card")
+    hub_server.fail("POST", "/commit/main", status=status, times=9)
+    with pytest.raises(PublishError, match=what) as caught:
+        HuggingFaceHub(endpoint=hub_server.url, token=WRITER).publish("owner/model", tmp_path, files, "m", "model")
+    assert WRITER not in str(caught.value)
+
+
+def test_check_finds_a_missing_wrong_or_reading_token_and_a_foreign_owner(hub_server: HubServer) -> None:
+    HuggingFaceHub(endpoint=hub_server.url, token=WRITER).check("team/model", "model")
+    refused = {"there is no token": (None, "owner/m"), "does not accept": ("hf_wrong", "owner/m")}
+    refused |= {"can only read": (READER, "owner/m"), "may not write to guests": (WRITER, "guests/m")}
+    refused |= {"may not write to stranger": (WRITER, "stranger/m")}
+    for what, (token, repo) in refused.items():
+        with pytest.raises(PublishError, match=what) as caught:
+            HuggingFaceHub(endpoint=hub_server.url, token=token).check(repo, "model")
+        assert str(token) not in str(caught.value)
+    assert WRITER not in repr(HuggingFaceHub(token=WRITER))
