@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -72,7 +73,8 @@ UNPICKLE = (
     'Convert it once, in a sandbox without network because unpickling may run code of its author: `python -c "'
     "import glob, torch, safetensors.torch as s; "
     "load = lambda f: torch.load(f, weights_only=True, map_location='cpu').items(); "
-    "s.save_file({{k: v.clone().contiguous() for f in glob.glob('{pattern}') for k, v in load(f)}}, 'model.safetensors')"
+    "t = {{k: v.clone().contiguous() for f in glob.glob('{pattern}') for k, v in load(f)}}; "
+    "s.save_file(t, 'model.safetensors')"
     '"`'
 )
 
@@ -227,8 +229,9 @@ def choose_shards(files: Mapping[str, int], where: str) -> list[str]:
         return shards
     if pickled := sorted(name for name in files if name.endswith(PICKLED)):
         what = f"the weights are pickled ({pickled[0]}), and there is no safetensors file"
-        shards = [name for name in pickled if name.startswith("pytorch_model")]
-        raise SourceError(where, what, UNPICKLE.format(pattern="pytorch_model*.bin" if shards else pickled[0]))
+        safe = [name for name in pickled if re.fullmatch(r"[\w./-]+", name)]  # a stranger's name enters a command
+        pattern = "pytorch_model*.bin" if any(name.startswith("pytorch_model") for name in safe) else [*safe, "FILE"][0]
+        raise SourceError(where, what, UNPICKLE.format(pattern=pattern))
     if any(name.endswith(".gguf") for name in files):
         remedy = "Take the original model, which holds more precise weights anyway"
         raise SourceError(where, "the weights are GGUF only, which is not yet read as a source", remedy)

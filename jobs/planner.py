@@ -256,12 +256,12 @@ def _artifact_tasks(
     )
     yield finish
     if manifest.publish and job.repo:
-        where = {"hub": manifest.publish.hub, "private": manifest.publish.private}
+        hub, private = manifest.publish.hub, manifest.publish.private
         yield Task(
             kind="publish",
             subject=job.subject,
-            spec={**where, "repo": job.repo},
-            work=replace(work, finished=finish.key, repo=job.repo, **where),
+            spec={"hub": hub, "private": private, "repo": job.repo},
+            work=replace(work, finished=finish.key, repo=job.repo, hub=hub, private=private),
             reads=(finish.key,),
         )
 

@@ -87,8 +87,11 @@ def _texts(manifest: Manifest, model: Model) -> Texts:
     """The token rows that this model will be calibrated and measured on, by digest; finds a text that is too short."""
     digests = ["", ""]
     if model.architecture:
-        for index, settings in enumerate((manifest.calibration, manifest.evaluation)):
-            digests[index] = digest(text_rows(settings, model.snapshot.folder, model.name))
+        folder = model.snapshot.folder
+        digests = [
+            digest(text_rows(manifest.calibration, folder, model.name)),
+            digest(text_rows(manifest.evaluation, folder, model.name)),
+        ]
     return Texts(
         calibration=manifest.calibration,
         calibration_sha256=digests[0],

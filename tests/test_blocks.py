@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build, tensors_of
+from decoder_models import FAMILIES, build, tensors_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

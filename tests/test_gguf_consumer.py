@@ -16,13 +16,13 @@ from converter.containers.gguf import GGUF
 from converter.containers.gguf.pretokenizer import SPLITTINGS, Splitting, recognise
 
 PROMPT = list(range(300, 420))  # long enough that the first and last position differ in every rotated pair
-# What the reader does to activations before each product: nothing, to bf16 (8 bits of mantissa: at most 2^-9 of the
-# value, 2^-9/sqrt(3) in the mean square), or to int8 with one scale per block (half a step of amax/127; amax is about
-# 3.5 times the mean square over 256 values). All relative to the activation's size.
+# What the reader does to activations before each product: nothing, to f16 or bf16 (11 and 8 significant bits: at most
+# 2^-11 and 2^-8 of the value, over sqrt(3) in the mean square), or to int8 with one scale per block (half a step of
+# amax/127; amax is about 3.5 times the root mean square over 256 values). All relative to the activation's size.
 ACTIVATION_ERROR = {
     "F32": 2**-20,
-    "F16": 2**-12 / math.sqrt(3),
-    "BF16": 2**-9 / math.sqrt(3),
+    "F16": 2**-11 / math.sqrt(3),
+    "BF16": 2**-8 / math.sqrt(3),
     "Q8_0": 3.5 / 254 / math.sqrt(3),
     "Q4_0": 3.5 / 254 / math.sqrt(3),
     "Q4_K_M": 3.5 / 254 / math.sqrt(3),

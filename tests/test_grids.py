@@ -44,7 +44,7 @@ def error(grid: AffineGrid, weight: Tensor, importance: Tensor | None = None) ->
         (AffineGrid(bits=2, signed_scale=False), 0.1497),
         (AffineGrid(bits=2), 0.1470),
         (AffineGrid(bits=8), 7.5e-5),
-        (AffineGrid(bits=8, granularity="tensor"), 1.0e-4),
+        (AffineGrid(bits=8, granularity="tensor"), 9.5e-5),
     ],
     ids=lambda value: value.name if isinstance(value, AffineGrid) else str(value),
 )
@@ -192,7 +192,8 @@ def test_every_observer_survives_the_odd_weights(observer: str, symmetric: bool,
 
 def test_a_group_of_one_value_is_met_to_the_precision_of_its_scale() -> None:
     weight = torch.full((1, 64), 0.37)
-    for dtype, precision in {"F32": 2**-23, "F16": 2**-11, "BF16": 2**-8}.items():
+    # f32: the rounding of sums over 64 weights; the others: half a unit in the last place of the stored scale.
+    for dtype, precision in {"F32": 64 * 2**-24, "F16": 2**-11, "BF16": 2**-8}.items():
         assert error(AffineGrid(bits=2, scale_dtype=dtype), weight) <= precision**2
 
 

@@ -343,6 +343,13 @@ def test_pickled_weights_are_refused_with_a_command_that_works(tmp_path: Path) -
     assert torch.equal(open_folder(tmp_path, "test").read("b.weight"), WEIGHTS["b.weight"])
 
 
+def test_file_name_of_a_stranger_does_not_enter_the_command(tmp_path: Path) -> None:
+    (tmp_path / "a'); import os; os.system('id'); ('.bin").write_bytes(b"x")
+    with pytest.raises(SourceError) as caught:
+        open_folder(tmp_path, "test")
+    assert "os.system" not in caught.value.remedy
+
+
 @pytest.mark.parametrize(
     ("files", "kind", "what"),
     [

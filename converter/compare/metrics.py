@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 
+RUN = 4096  # elements whose products are summed in f32
+SLICE = RUN << 10  # elements taken at once, so that the copies stay small beside the tensors
+
+
 @dataclass(frozen=True, kw_only=True)
 class Difference:
     """Sums over the elements of an original and a copy; `a + b` describes both tensors together."""
@@ -48,21 +52,27 @@ class Difference:
 def difference(original: Tensor, copy: Tensor) -> Difference:
     """The sums that `cosine` and `relative_mse` need, for two tensors of one shape.
 
-    Rows are taken in slices, so that the f64 copies stay small beside the tensors.
+    Products of up to 4096 elements are summed in f32, which is good to 4096 * 2^-24 at the worst and far better when
+    signs mix; those sums are added in f64. All in f64 took four times as long.
     """
     total = Difference()
-    step = 1 << 22
     first, second = original.reshape(-1), copy.reshape(-1)
-    for start in range(0, first.numel(), step):
-        a, b = first[start : start + step].double(), second[start : start + step].double()
+    whole = first.numel() // RUN * RUN
+    for start, stop in [*((at, min(at + SLICE, whole)) for at in range(0, whole, SLICE)), (whole, first.numel())]:
+        width = RUN if stop <= whole else max(1, stop - start)
+        a, b = first[start:stop].reshape(-1, width), second[start:stop].reshape(-1, width)
         error = a - b
         total += Difference(
-            original_squares=float(a @ a),
-            copy_squares=float(b @ b),
-            products=float(a @ b),
-            error_squares=float(error @ error),
+            original_squares=_dot(a, a),
+            copy_squares=_dot(b, b),
+            products=_dot(a, b),
+            error_squares=_dot(error, error),
         )
     return total
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(torch.linalg.vecdot(a, b).double().sum())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from quantkernels.scales.reference import FINE, ROUND
 
 Floats = NDArray[np.float32]
-ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
+ZERO, HALF, ONE, INFINITE = np.float32(0), np.float32(0.5), np.float32(1), np.float32(np.inf)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -42,10 +42,10 @@ def search(
 ) -> None:
     """Fills scale_OG and zero_OG; see `quantkernels.scales.search`."""
     lanes = max(along.shape[0], FINE)
-    x = np.empty(group_size, np.float32)
-    share = np.empty(group_size, np.float32)
+    # Up to three weights of 0 with no share behind the last column, which change no sum.
+    x, share = np.zeros(group_size + 3, np.float32), np.zeros(group_size + 3, np.float32)
     inverse, zero = np.empty(lanes, np.float32), np.empty(lanes, np.float32)
-    products, squares = np.empty(lanes, np.float32), np.empty(lanes, np.float32)
+    sums = np.empty((3, lanes), np.float32)
     count = along.shape[0]
     for o in range(weight_OI.shape[0]):
         for g in range(scale_OG.shape[1]):
@@ -61,19 +61,20 @@ def search(
             for k in range(count):
                 inverse[k] = sign[k] * (whole * start + span * along[k])
                 zero[k] = min(max(centre + offset[k], low), high)
-            best = _best(x, share, n, low, high, inverse, zero, count, products, squares)
-            score = _score(products[best], squares[best])
-            scale = products[best] / squares[best]
+            best = _best(x, share, n, low, high, inverse, zero, count, sums)
+            error = _error(sums, best, inverse[best])
+            scale = _scale(sums, best, inverse[best])
             chosen, at = zero[best], inverse[best]
             spacing = span * between
             for k in range(FINE):
                 inverse[k] = at + spacing * ((np.float32(k) - np.float32((FINE - 1) / 2)) * np.float32(2 / FINE))
                 zero[k] = chosen
-            best = _best(x, share, n, low, high, inverse, zero, FINE, products, squares)
-            if _score(products[best], squares[best]) > score:
-                scale = products[best] / squares[best]
-            scale_OG[o, g] = scale * largest if score > ZERO else ZERO
-            zero_OG[o, g] = chosen if score > ZERO else ZERO
+            best = _best(x, share, n, low, high, inverse, zero, FINE, sums)
+            if _error(sums, best, inverse[best]) < error:
+                scale = _scale(sums, best, inverse[best])
+            usable = error < INFINITE
+            scale_OG[o, g] = scale * largest if usable else ZERO
+            zero_OG[o, g] = chosen if usable else ZERO
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -115,9 +116,26 @@ def _code(steps: Any, lowest: Any, highest: Any) -> Any:
     return (steps + ROUND) - ROUND
 
 
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _add(sums: tuple[Any, Any, Any], steps: Any, share: Any, lowest: Any, highest: Any) -> tuple[Any, Any, Any]:
+    """A candidate's sums with one more weight."""
+    code = _code(steps, lowest, highest)
+    rest = steps - code
+    shared = share * rest
+    return sums[0] + shared * rest, sums[1] + shared * code, sums[2] + (share * code) * code
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
-def _score(products: Any, squares: Any) -> Any:
-    return products * products / squares if squares > ZERO else ZERO
+def _error(sums: Floats, k: int, inverse: Any) -> Any:
+    """The error that candidate k has once its scale is refitted."""
+    left, mixed, squares = sums[0, k], sums[1, k], sums[2, k]
+    return (left - mixed * mixed / squares) / (inverse * inverse) if squares > ZERO else INFINITE
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _scale(sums: Floats, k: int, inverse: Any) -> Any:
+    """The least-squares scale for the codes of candidate k."""
+    return (ONE + sums[1, k] / sums[2, k]) / inverse
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -130,6 +148,8 @@ def _load(weight_N: Floats, share_N: Floats, x: Floats, share: Floats) -> Any:
         anywhere = max(anywhere, magnitude)
         if share_N[j] > ZERO:
             largest = max(largest, magnitude)
+    x[n : n + 3] = ZERO
+    share[n : n + 3] = ZERO
     for j in range(n):
         share[j] = share_N[j] if largest > ZERO else ONE
     largest = largest if largest > ZERO else anywhere
@@ -158,31 +178,28 @@ def _range(x: Floats, share: Floats, n: int, low: Any, high: Any, symmetric: boo
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _best(
-    x: Floats,
-    share: Floats,
-    n: int,
-    low: Any,
-    high: Any,
-    inverse: Floats,
-    zero: Floats,
-    count: int,
-    products: Floats,
-    squares: Floats,
+    x: Floats, share: Floats, n: int, low: Any, high: Any, inverse: Floats, zero: Floats, count: int, sums: Floats
 ) -> int:
-    """The number of the best candidate; leaves every candidate's sums in products and squares."""
+    """The number of the best candidate; leaves every candidate's three sums, as in the reference, in `sums`."""
+    left, mixed, squares = sums[0], sums[1], sums[2]
     for k in range(count):
-        products[k] = ZERO
+        left[k] = ZERO
+        mixed[k] = ZERO
         squares[k] = ZERO
-    for j in range(n):
-        x_j, share_j = x[j], share[j]
-        product_j = share_j * x_j
+    # Four columns per pass over the sums, still added one after the other: half the time of one column per pass.
+    for j in range(0, n, 4):
+        x_0, x_1, x_2, x_3 = x[j], x[j + 1], x[j + 2], x[j + 3]
+        share_0, share_1, share_2, share_3 = share[j], share[j + 1], share[j + 2], share[j + 3]
         for k in range(count):
-            code = _code(x_j * inverse[k], low - zero[k], high - zero[k])
-            products[k] += product_j * code
-            squares[k] += (share_j * code) * code
-    best, best_score = 0, ZERO
+            step, lowest, highest = inverse[k], low - zero[k], high - zero[k]
+            sums_k = (left[k], mixed[k], squares[k])
+            sums_k = _add(sums_k, x_0 * step, share_0, lowest, highest)
+            sums_k = _add(sums_k, x_1 * step, share_1, lowest, highest)
+            sums_k = _add(sums_k, x_2 * step, share_2, lowest, highest)
+            left[k], mixed[k], squares[k] = _add(sums_k, x_3 * step, share_3, lowest, highest)
+    best, least = 0, INFINITE
     for k in range(count):
-        score = _score(products[k], squares[k])
-        if score > best_score:
-            best, best_score = k, score
+        error = _error(sums, k, inverse[k])
+        if error < least:
+            best, least = k, error
     return best

@@ -123,36 +123,42 @@ def _search_groups(weight_BN: Floats, share_BN: Floats, plan: Plan) -> tuple[Flo
         span_B = inverse_B * (stop_B - plan.start)
         inverse_BK = plan.sign * (inverse_B[:, None] * plan.start + span_B[:, None] * plan.along)
         zero_BK = np.clip(zero_B[:, None] + plan.offset, plan.low, plan.high).astype(np.float32)
-        score_B, scale_B, inverse_B, zero_B = _best(x_BN, share_BN, inverse_BK, zero_BK, plan)
+        error_B, scale_B, inverse_B, zero_B = _best(x_BN, share_BN, inverse_BK, zero_BK, plan)
         spacing_B = span_B * plan.between
         around = (np.arange(FINE, dtype=np.float32) - np.float32((FINE - 1) / 2)) * np.float32(2 / FINE)
         inverse_BK = inverse_B[:, None] + spacing_B[:, None] * around
-        fine_score_B, fine_scale_B, _, _ = _best(x_BN, share_BN, inverse_BK, np.tile(zero_B[:, None], FINE), plan)
-    scale_B = np.where(fine_score_B > score_B, fine_scale_B, scale_B)
-    usable_B = (largest_B > 0) & (score_B > 0)
+        fine_error_B, fine_scale_B, _, _ = _best(x_BN, share_BN, inverse_BK, np.tile(zero_B[:, None], FINE), plan)
+    scale_B = np.where(fine_error_B < error_B, fine_scale_B, scale_B)
+    usable_B = (largest_B > 0) & np.isfinite(error_B)
     return np.where(usable_B, scale_B * largest_B, np.float32(0)), np.where(usable_B, zero_B, np.float32(0))
 
 
 def _best(
     x_BN: Floats, share_BN: Floats, inverse_BK: Floats, zero_BK: Floats, plan: Plan
 ) -> tuple[Floats, Floats, Floats, Floats]:
-    """Score, least-squares scale, inverse step and zero point [B] of each group's best candidate."""
-    products_BK = np.zeros_like(inverse_BK)
-    squares_BK = np.zeros_like(inverse_BK)
+    """Least error, scale with that error, inverse step and zero point [B] of each group's best candidate.
+
+    The sums are over what rounding leaves, r = x / step - code: sum(w x c) itself would drown an 8-bit grid's error,
+    some 1e-4 of the weights' square, in f32 rounding.
+    """
+    left_BK, mixed_BK, squares_BK = (np.zeros_like(inverse_BK) for _ in range(3))
     lowest_BK, highest_BK = np.float32(plan.low) - zero_BK, np.float32(plan.high) - zero_BK
     for n in range(x_BN.shape[1]):
-        x_B1, share_B1 = x_BN[:, n : n + 1], share_BN[:, n : n + 1]
-        codes_BK = np.minimum(np.maximum(x_B1 * inverse_BK, lowest_BK), highest_BK)
-        codes_BK = (codes_BK + ROUND) - ROUND
-        products_BK += (share_B1 * x_B1) * codes_BK
-        squares_BK += (share_B1 * codes_BK) * codes_BK
-    score_BK = np.where(squares_BK > 0, products_BK * products_BK / squares_BK, np.float32(0))
-    best_B1 = score_BK.argmax(1)[:, None]
-    score_B, products_B, squares_B, inverse_B, zero_B = (
-        np.take_along_axis(values, best_B1, 1)[:, 0]
-        for values in (score_BK, products_BK, squares_BK, inverse_BK, zero_BK)
+        steps_BK = x_BN[:, n : n + 1] * inverse_BK
+        codes_BK = (np.minimum(np.maximum(steps_BK, lowest_BK), highest_BK) + ROUND) - ROUND
+        rest_BK = steps_BK - codes_BK
+        shared_BK = share_BN[:, n : n + 1] * rest_BK
+        left_BK += shared_BK * rest_BK
+        mixed_BK += shared_BK * codes_BK
+        squares_BK += (share_BN[:, n : n + 1] * codes_BK) * codes_BK
+    error_BK = (left_BK - mixed_BK * mixed_BK / squares_BK) / (inverse_BK * inverse_BK)
+    error_BK = np.where(squares_BK > 0, error_BK, np.float32(np.inf))
+    scale_BK = (np.float32(1) + mixed_BK / squares_BK) / inverse_BK
+    best_B1 = error_BK.argmin(1)[:, None]
+    error_B, scale_B, inverse_B, zero_B = (
+        np.take_along_axis(values, best_B1, 1)[:, 0] for values in (error_BK, scale_BK, inverse_BK, zero_BK)
     )
-    return score_B, products_B / squares_B, inverse_B, zero_B
+    return error_B, scale_B, inverse_B, zero_B
 
 
 def _running_sum(terms_BN: Floats) -> Floats:
