@@ -7,6 +7,7 @@ starting · 130 interrupted, resumable.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,29 +54,27 @@ DEVICE = Annotated[Device, typer.Option(help="What blocks run on; auto takes a G
 
 def main() -> None:
     """Run the command line; every expected error becomes a sentence and an exit code."""
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        interrupts.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut the clean end short
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
-        app(standalone_mode=False)
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        print_error("interrupted; everything finished so far is kept. Run the same command again to go on.")
-        _leave(130)
-    except typer.BadParameter as error:  # click's UsageError and what derives from it
-        print_error(f"{error.format_message()} See hubmill --help.")
-        sys.exit(2)
+        app()
     except ManifestError as error:
         print_error(str(error))
         sys.exit(2)
     except HubmillError as error:
         print_error(str(error))
         sys.exit(3)
-
-
-def _leave(code: int) -> None:
-    """End now: after an interrupt nothing is worth waiting for, and finished work is on the disk already."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    finally:  # typer ends with exit code 1 when it is interrupted
+        if interrupts:
+            print_error("interrupted; everything finished so far is kept. Run the same command again to go on.")
+            sys.stdout.flush()
+            os._exit(130)  # finished work is on the disk, and nothing else is worth waiting for
 
 
 @app.command()

@@ -15,7 +15,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -271,8 +271,11 @@ def receive(remote: Remote, name: str, part: Path, stop: Event, report: Report |
 def together(work: Callable[[str], Result], names: list[str], stop: Event) -> list[Result]:
     """The results of `work` for each name, several at a time; an error or Ctrl-C sets `stop` and begins nothing new."""
     with ThreadPoolExecutor(TOGETHER) as pool:
+        futures = [pool.submit(work, name) for name in names]
         try:
-            return list(pool.map(work, names))
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
+            return [future.result() for future in futures]
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -281,7 +284,7 @@ def together(work: Callable[[str], Result], names: list[str], stop: Event) -> li
 
 def patiently(call: Callable[[], Result], stop: Event | None = None) -> Result:
     """The result of a call that may be repeated; waits as long as the hub asks when it is busy or cuts the line."""
-    for wait in WAITS:
+    for seconds in WAITS:
         try:
             return call()
         except (HfHubHTTPError, httpx.TransportError) as error:
@@ -293,7 +296,7 @@ def patiently(call: Callable[[], Result], stop: Event | None = None) -> Result:
                 asked = re.search(r"^(\d+)$", headers.get("Retry-After", "")) or re.search(
                     r"\br=0\b.*\bt=(\d+)", headers.get("RateLimit", "")
                 )
-            pause(min(float(asked[1]), LONGEST_WAIT) if asked else wait, stop or Event())
+            pause(min(float(asked[1]), LONGEST_WAIT) if asked else seconds, stop or Event())
     return call()
 
 

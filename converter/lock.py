@@ -45,7 +45,7 @@ def lock_text(
     jobs = manifest.jobs()
     named = {job.model.name for job in jobs}
     models = [
-        {"name": model.name, "source": _portable(model.source, manifest), "commit": commits[model.name]}
+        {"name": model.name, "source": portable(model.source, manifest), "commit": commits[model.name]}
         for model in manifest.models
         if model.name in named
     ]
@@ -73,10 +73,10 @@ def _job_fields(job: Job) -> dict[str, object]:
 
 
 def _text_fields(section: Calibration | Evaluation, manifest: Manifest) -> dict[str, object]:
-    return section.model_dump() | {"text": _portable(section.text, manifest)}
+    return section.model_dump() | {"text": portable(section.text, manifest)}
 
 
-def _portable(source: str, manifest: Manifest) -> str:
+def portable(source: str, manifest: Manifest) -> str:
     """Give a source with its path relative to the manifest, so that two checkouts write the same lock."""
     kind, _, rest = source.partition(":")
     if kind not in ("folder", "file"):

@@ -390,12 +390,15 @@ def check_finite(tensor: Tensor, where: str) -> None:
     flat = tensor.reshape(-1)
     bad, first = 0, -1
     for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK]
-        wrong = ~torch.isfinite(part.float() if part.element_size() == 1 else part)  # fp8 has no isfinite of its own
-        count = int(wrong.sum())
-        if count and first < 0:
+        stored = flat[start : start + CHUNK]
+        part = stored.float() if stored.element_size() == 1 else stored  # fp8 has no arithmetic of its own
+        # Minimum and maximum carry NaN along and cost a tenth of isfinite on every value (10 against 195 ms per 16 M).
+        if torch.stack(torch.aminmax(part)).isfinite().all():
+            continue
+        wrong = ~torch.isfinite(part)
+        if first < 0:
             first = start + int(wrong.to(torch.uint8).argmax())
-        bad += count
+        bad += int(wrong.sum())
     if bad:
         index = [int(number) for number in torch.unravel_index(torch.tensor(first), tensor.shape)]
         what = f"{bad} of {flat.numel()} values are not finite, the first at {index}"

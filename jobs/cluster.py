@@ -80,8 +80,8 @@ class RayExecutor:
         return outcome
 
     def close(self) -> None:
-        for reference in self._running:
-            ray.cancel(reference, force=True)
+        # Ray ends the tasks of a driver that leaves. Cancelling them by force first made its task manager abort the
+        # whole process when one of them ended at that moment (ray 2.60).
         self._running = {}
         ray.shutdown()
 

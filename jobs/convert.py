@@ -8,7 +8,6 @@ failed, so a night that half worked is half done and says which half.
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 
 from converter.compare import report, tables
 from converter.errors import HubmillError, ManifestError, UnsupportedError
-from converter.lock import lock_text, read_lock
+from converter.lock import lock_text, portable, read_lock
 from converter.manifest import Job, Manifest
 from converter.progress import Display
 from jobs.drive import Executor, InProcess, Progress, drive
@@ -110,7 +109,7 @@ def plan(run: Run) -> Ready:
     prepared = prepare(run.manifest, run.manifest.jobs(), run.store, here.cpus, run.device)
     graph = prepared.plan.graph
     done = finished(graph, run.store)
-    ends = [key for key, task in graph.tasks.items() if not graph.readers[key] and task.subject in chosen]
+    ends = [key for key, task in graph.tasks.items() if task.kind in ("finish", "publish") and task.subject in chosen]
     needed = graph.needed(done, ends)
     problems = [error for key, error in prepared.problems.items() if key in chosen]
     reasons = [] if run.skip_unsupported and len(problems) < len(chosen) else problems
@@ -157,6 +156,8 @@ def convert(run: Run, display: Display) -> Result:
         state = Progress(done=set(ready.done))
         if ready.needed:
             store.sweep()
+            for key in ready.needed:
+                store.forget(key)  # what is there under this key is damaged: a finished, whole one is not needed
             executor = _executor(run, ready.room)
             try:
                 state = drive(graph, ready.needed, ready.done, executor, store, display.show)
@@ -210,10 +211,9 @@ def check_owner(run: Run) -> None:
     lock = read_lock(run.store.run / "manifest.lock.yaml")
     if lock is None:
         return
-    sources = {model.source for model in run.manifest.models}
-    theirs = set(lock.sources.values())
-    ours = {os.path.basename(source.rstrip("/")) for source in sources}
-    if not ours & {os.path.basename(source.rstrip("/")) for source in theirs}:
+    ours = {portable(model.source, run.manifest).partition("@")[0] for model in run.manifest.models}
+    theirs = {source.partition("@")[0] for source in lock.sources.values()}
+    if not ours & theirs:
         raise UnsupportedError(
             str(run.store.run),
             f"these are the results of another manifest named '{run.manifest.name}', of {', '.join(sorted(theirs))}",

@@ -77,7 +77,7 @@ Show = Callable[[Event], None]
 def drive(
     graph: Graph, needed: Sequence[str], done: Iterable[str], executor: Executor, store: Store, show: Show
 ) -> Progress:
-    """Run the tasks that are needed; returns what became of each. A KeyboardInterrupt leaves the state resumable."""
+    """Run the tasks that are needed; returns what became of each. An interrupt leaves the state resumable."""
     state = Progress(done=set(done))
     todo = list(needed)
     share = _shares(graph, todo)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter import hub
-from converter.calibration import digest
 from converter.architecture import Architecture, find
+from converter.calibration import digest
 from converter.containers.tables import CONTAINERS
 from converter.errors import HubmillError, UnsupportedError
 from converter.manifest import Job, Manifest

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -86,7 +87,16 @@ def run(task: Task, store: Store, threads: int) -> Outcome:
 def fetch(attempt: Attempt) -> None:
     """Bring the model's weights here; a model in a folder is here already."""
     snapshot = attempt.work.model.snapshot
-    fetched = hub.fetch(snapshot, attempt.store.downloads, attempt.work.model.name)
+    total = max(1, sum(snapshot.files.values()))
+    arrived, alone = 0, Lock()
+
+    def count(size_bytes: int) -> None:  # called from every thread that downloads
+        nonlocal arrived
+        with alone:
+            arrived += size_bytes
+            attempt.report(min(1.0, arrived / total))
+
+    fetched = hub.fetch(snapshot, attempt.store.downloads, f"model '{attempt.work.model.name}'", report=count)
     attempt.record["folder"] = str(fetched.folder)
 
 

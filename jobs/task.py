@@ -86,8 +86,8 @@ class Graph:
     def needed(self, done: Iterable[str], ends: Iterable[str] | None = None) -> list[str]:
         """The tasks that still have to run, in order: the ends that are not done, and what they read, recursively.
 
-        ends: keys to arrive at; None takes every task that nothing reads. An intermediate result that is gone is made
-        again only when something that is not done reads it.
+        ends: keys to arrive at, also on the way to others; None takes every task that nothing reads. An intermediate
+        result that is gone is made again only when something that is not done reads it.
         """
         finished = set(done)
         goals = {key for key in self.tasks if not self.readers[key]} if ends is None else set(ends)

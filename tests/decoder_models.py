@@ -1,4 +1,7 @@
-"""Random models of every supported family, small enough to run whole: the references of the decoder's tests."""
+"""Random models of every supported family, small enough to run whole: the references of the decoder's tests.
+
+Granite is there for its scales outside the blocks (embedding, residual, logits); Llama's names fit it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -56,6 +60,9 @@ FAMILIES: dict[str, Any] = {
         **SHAPE, **GEMMA, layer_types=SLIDING, final_logit_softcapping=3.0, attn_logit_softcapping=5.0
     ),
     "gemma3": Gemma3TextConfig(**SHAPE, **GEMMA, layer_types=SLIDING),
+    "granite": GraniteConfig(
+        **SHAPE, embedding_multiplier=7.0, residual_multiplier=0.3, attention_multiplier=0.2, logits_scaling=3.0
+    ),
 }
 
 

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from converter.architecture import Architecture, find
 from converter.containers import ArtifactPlan
@@ -74,7 +81,7 @@ def sentencepiece(size: int = 600) -> Tokenizer:
     trained = Tokenizer(models.BPE())
     trained.normalizer = prepare
     trained.pre_tokenizer = pre_tokenizers.Split(Regex("▁[^▁]*"), "isolated")
-    trained.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=size, show_progress=False))
+    trained.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=size, limit_alphabet=120, show_progress=False))
     learned = sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__)
     control = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     vocabulary = {token: number for number, token in enumerate(control + [t for t in learned if t not in control])}
@@ -125,7 +132,9 @@ def target(type: str, **more: Any) -> Target:
     return Target(name=type.lower(), format="gguf", type=type, **more)
 
 
-def write(folder: Path, wanted: Target, out: Path, importance: Mapping[str, torch.Tensor] | None = None) -> ArtifactPlan:
+def write(
+    folder: Path, wanted: Target, out: Path, importance: Mapping[str, torch.Tensor] | None = None
+) -> ArtifactPlan:
     """Convert the model in `folder` to `wanted` inside `out`, each tensor rounded to nearest."""
     snapshot, architecture = load(folder)
     plan = GGUF.plan(snapshot, architecture, wanted)

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from converter import architecture, tensor_file
+from converter.architecture import Architecture
 from converter.blocks import Decoder, quantize_tokens, tokenizer
 from converter.calibrate import CalibratedBlock, calibrate_block
 from converter.errors import NumericsError, SourceError, UnsupportedError
 from converter.stats import observe, pack, unpack
+from converter.workers import Workers
 
 BLOCKS, LENGTH, VOCABULARY = 3, 20, 97
 ROWS = torch.randint(0, VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(5))
@@ -41,9 +43,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Path,
     return {family: (folder, build(family, folder)) for family, folder in folders.items()}
 
 
+def describe(config: Mapping[str, Any]) -> Architecture:
+    if config["model_type"] == "granite":
+        config = {"architectures": ["LlamaForCausalLM"]}
+    return architecture.find(config, "tiny")
+
+
 def open_decoder(folder: Path, **options: Any) -> Decoder:
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    return Decoder(folder, architecture.find(config, "tiny"), "tiny", **options)
+    return Decoder(folder, describe(config), "tiny", **options)
 
 
 def reference(model: PreTrainedModel, row: Tensor) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
@@ -112,7 +120,7 @@ def test_tap_statistics_equal_those_of_hooks_on_the_full_model(
     folder, model = models[family]
     decoder = open_decoder(folder)
     expected = [reference(model, row)[2] for row in ROWS]
-    taps = architecture.find(model.config.to_dict(), "tiny").taps
+    taps = describe(model.config.to_dict()).taps
     for b, result in enumerate(calibrate(decoder, model)):
         assert list(result.stats) == [tap.name for tap in taps]
         for tap in taps:
@@ -142,6 +150,20 @@ def test_the_window_is_shorter_than_the_rows_so_that_a_lost_mask_would_show(
     _, model = models[family]
     wide = build(family, tmp_path, sliding_window=LENGTH)
     assert not torch.equal(reference(model, ROWS[0])[1], reference(wide, ROWS[0])[1])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_operation_of_a_worker_runs_on_one_torch_thread(count: int) -> None:
+    torch.set_num_threads(2)
+    assert list(Workers(count).map(lambda n: (n, torch.get_num_threads()), range(5))) == [(n, 1) for n in range(5)]
+    assert torch.get_num_threads() == 2
+
+
+def test_results_of_workers_wait_to_be_taken() -> None:
+    started: list[int] = []
+    results = Workers(2).map(started.append, range(50))
+    next(results)
+    assert len(started) <= 3
 
 
 @pytest.mark.parametrize("family", ["llama3-rope", "gemma3"])

@@ -71,8 +71,8 @@ def test_llama_cpp_computes_what_transformers_does_with_the_decoded_weights(
     with torch.no_grad():
         logits = reference(torch.tensor([PROMPT])).logits[0, -1]
     expected = logits.log_softmax(-1)
-    reader = Llama(next(tmp_path.glob("*.gguf")))
-    found = reader.next_logprobs(PROMPT, count=20)
+    with Llama(next(tmp_path.glob("*.gguf"))) as reader:
+        found = reader.next_logprobs(PROMPT, count=20)
     bound = tolerance(type, logits, tiny.SHAPE["num_hidden_layers"])
     worst = max(abs(value - float(expected[token])) for token, value in found.items())
     assert len(found) == 20
@@ -81,8 +81,8 @@ def test_llama_cpp_computes_what_transformers_does_with_the_decoded_weights(
 
 def test_the_file_tokenizes_as_transformers_does(model: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     tiny.write(model, tiny.target("Q8_0"), tmp_path)
-    reader = Llama(next(tmp_path.glob("*.gguf")))
-    assert reader.tokenize(tiny.HARD_TEXT) == tokenizer.encode(tiny.HARD_TEXT).ids
+    with Llama(next(tmp_path.glob("*.gguf"))) as reader:
+        assert reader.tokenize(tiny.HARD_TEXT) == tokenizer.encode(tiny.HARD_TEXT).ids
 
 
 @pytest.mark.parametrize("splitting", SPLITTINGS, ids=lambda row: row.name)
@@ -94,8 +94,8 @@ def test_every_splitting_of_the_table_splits_as_llama_cpp_does(splitting: Splitt
     content = tiny.json.loads(tokenizer.to_str())
     assert recognise(content, splitting.cleans, "test") == splitting.name
     tiny.write(folder, tiny.target("F32"), tmp_path / "out")
-    reader = Llama(next((tmp_path / "out").glob("*.gguf")))
-    assert reader.tokenize(tiny.HARD_TEXT) == tokenizer.encode(tiny.HARD_TEXT).ids
+    with Llama(next((tmp_path / "out").glob("*.gguf"))) as reader:
+        assert reader.tokenize(tiny.HARD_TEXT) == tokenizer.encode(tiny.HARD_TEXT).ids
 
 
 def test_a_sentencepiece_tokenizer_tokenizes_as_transformers_does(tmp_path: Path) -> None:
@@ -104,6 +104,6 @@ def test_a_sentencepiece_tokenizer_tokenizes_as_transformers_does(tmp_path: Path
     tiny.save_model(folder, "llama", width=64, middle=64)
     tiny.save_tokenizer(tokenizer, folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tiny.write(folder, tiny.target("F32"), tmp_path / "out")
-    reader = Llama(next((tmp_path / "out").glob("*.gguf")))
     text = tiny.HARD_TEXT.replace("</s>", "").replace("<unk>", "")  # the prefix after a special token differs, see docs
-    assert reader.tokenize(text) == tokenizer.encode(text).ids
+    with Llama(next((tmp_path / "out").glob("*.gguf"))) as reader:
+        assert reader.tokenize(text) == tokenizer.encode(text).ids

@@ -145,22 +145,58 @@ def test_percentile_narrows_the_step_and_clips_at_most_its_share(symmetric: bool
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 6])
 def test_kl_is_never_worse_than_minmax_by_divergence(bits: int, symmetric: bool) -> None:
-    weight = torch.from_numpy(np.random.default_rng(0).standard_t(4, (8, 2048)).astype("f"))
-    counts, centres = observers.histogram(weight)
+    weight = torch.from_numpy(np.random.default_rng(0).standard_t(4, (8, 4096)).astype("f"))
+    histogram = observers.histogram(weight)
     found = {}
     for observer in ("kl", "minmax"):
         grid = AffineGrid(bits=bits, symmetric=symmetric, observer=observer)
-        steps = grid.round(centres, grid.fit(weight, None)).long() - grid.low
-        found[observer] = observers.divergence(counts, steps, 2**bits)
+        found[observer] = observers.divergence(histogram, grid.borders(grid.fit(weight, None)))
     assert bool((found["kl"] <= found["minmax"]).all()) and bool((found["kl"] < found["minmax"]).any())
 
 
 def test_a_histogram_counts_each_weight_once_in_its_bin() -> None:
-    counts, centres = observers.histogram(torch.tensor([[0.0, 2048.0, 1024.2, 1024.9], [5.0, 5.0, 5.0, 5.0]]))
-    assert counts.sum(1).tolist() == [4, 4]
-    assert [int(counts[0, k]) for k in (0, 1024, 2047)] == [1, 2, 1] and float(centres[0, 1024]) == 1024.5
+    weight = torch.zeros(2, 2048 * 16)
+    weight[0, :4] = torch.tensor([0.0, 2048.0, 1024.2, 1024.9])
+    weight[1] = 5
+    found = observers.histogram(weight)
+    counts, filled = found.below_OE.diff(dim=1), found.filled_OE.diff(dim=1)
+    assert counts.sum(1).tolist() == [2048 * 16] * 2 and torch.equal(filled, (counts > 0).long())
+    assert [int(counts[0, k]) for k in (0, 1024, 2047)] == [2048 * 16 - 3, 2, 1]
+    assert float(found.edges_OE[0, 1024]) == 1024
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_divergence_is_that_of_the_two_distributions_written_out(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    weight = torch.from_numpy(random.standard_t(3, (1, 480)).astype("f"))
+    borders = torch.tensor([sorted(random.normal(size=6))], dtype=torch.float32)
+    found = observers.histogram(weight)
+    edges, counts = found.edges_OE[0].double(), found.below_OE[0].diff().double()
+    code = torch.searchsorted(borders[0], ((edges[1:] + edges[:-1]) / 2).float(), right=True) - 1
+    inside = (code >= 0) & (code < 5)
+    before, after = torch.where(inside, counts, 0.0), torch.zeros(len(counts), dtype=torch.float64)
+    held = (before > 0).nonzero()[:, 0]
+    for c in range(5):
+        bins = held[code[held] == c]
+        after[bins] = before[bins].sum() / max(1, len(bins))
+    before[held[0]] += counts[: int(held[0])].sum()
+    before[held[-1]] += counts[int(held[-1]) + 1 :].sum()
+    before, after = before[held] / before.sum(), after[held] / after.sum()
+    expected = float((before * (before / after).log()).sum())
+    assert float(observers.divergence(found, borders)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_kl_clips_a_far_outlier_and_little_of_a_gaussian(bits: int) -> None:
+    weight = gaussian(2, 65536)
+    clean = AffineGrid(bits=bits, observer="kl").fit(weight, None)["scale"]
+    weight[:, 0] = 12
+    grid = AffineGrid(bits=bits, observer="kl")
+    minmax = error(dataclasses.replace(grid, observer="minmax"), weight)
+    assert error(grid, weight) < minmax
+    assert bool((grid.fit(weight, None)["scale"] < 2 * clean).all())
 
 
 def test_kl_on_groups_is_refused_with_the_way_out() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def test_large_tensors_are_split_and_files_stay_below_their_limit(
     write_state_dict(tmp_path / "model", {"a.weight": weight, "b.weight": weight * 2, "c": torch.ones(9)})
     _, plan, opened = convert(tmp_path / "model", tmp_path / "out", make_target("INT8"))
     assert plan.files == sizes(tmp_path / "out") and len(plan.files) > 3
-    assert list(plan.files)[0] == f"model-00001-of-{len(plan.files):05}.parquet"
+    assert next(iter(plan.files)) == f"model-00001-of-{len(plan.files):05}.parquet"
     glob = f"{tmp_path}/out/*.parquet"
     assert duckdb.sql(f"SELECT max(octet_length(data)), sum(num_params) FROM '{glob}'").fetchall() == [(960, 16009)]
     for name, factor in (("a.weight", 1), ("b.weight", 2)):
@@ -171,12 +172,26 @@ def test_duckdb_decodes_int4_codes_in_sql(tmp_path: Path) -> None:
     weight = torch.randn(3, 6)
     write_state_dict(tmp_path / "model", {"a.weight": weight.half()})
     convert(tmp_path / "model", tmp_path / "out", make_target("INT4"))
-    byte = "ord(substr(data::BIT::VARCHAR, 1, 1))"  # bits as text: the low nibble of byte k is characters 8k+5 to 8k+8
+    # A BIT as text holds the low nibble of byte k in its characters 8k+5 to 8k+8.
     nibble = "('0b' || substr(data::BIT::VARCHAR, (i // 2 * 8 + CASE WHEN i % 2 = 0 THEN 5 ELSE 1 END)::INT, 4))::INT"
     query = f"SELECT {nibble} - 8 FROM '{tmp_path}/out/model.parquet', range(18) AS r(i) ORDER BY i"
-    del byte
     codes = AffineGrid(bits=4, scale_dtype="F16").encode(weight.half().float(), None)["codes"]
     assert [code for (code,) in duckdb.sql(query).fetchall()] == codes.flatten().tolist()
+
+
+def test_the_examples_of_the_documentation_run(llama: Path, tmp_path: Path) -> None:
+    _, _, opened = convert(llama, tmp_path / "out", make_target("INT8"))
+    text = (Path(__file__).parents[1] / "docs" / "formats.md").read_text("utf-8")
+    text = text.replace("out/quickstart/model/int8", f"{tmp_path}/out")
+    [queries] = re.findall(r"```sql\n(.*?)```", text, re.DOTALL)
+    sizes, damaged, codes = (duckdb.sql(query).fetchall() for query in queries.split(";") if query.strip())
+    weight = opened.read("model.layers.0.mlp.up_proj.weight")
+    assert {kind for kind, *_ in sizes} == {"int8", "bf16"} and damaged == []
+    [program] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    np.testing.assert_array_equal(names["weight"], weight.numpy())
+    assert [code for *_, code in codes] == (weight[0, :8] / float(names["scale"][0])).tolist()
 
 
 def write_v2(path: Path, rows: list[dict[str, Any]], **options: Any) -> None:
@@ -334,5 +349,8 @@ def test_the_bytes_of_a_small_table_do_not_change() -> None:
     codes = torch.tensor([[-2, -1, 0], [1, 0, -1]], dtype=torch.int8)
     parts = {"codes": codes, "scale": torch.tensor([[0.5], [2.0]]).half()}
     writer.write_row_group([parquet_rows.encode_row(chunk, "F16", parts) for chunk in parquet_rows.chunks(tensor, 0)])
-    assert writer.close() == 0
-    assert hashlib.sha256(file.getvalue()).hexdigest() == ""
+    assert writer.close() == 1751
+    assert (
+        hashlib.sha256(file.getvalue()).hexdigest()
+        == "c800531c8ffcf096dfe40540749bcd2c6a324152b5f4a99bdc0d8313a844dfc2"
+    )

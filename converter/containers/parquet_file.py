@@ -3,8 +3,8 @@
 A plan must say how many bytes an artifact will take, to the byte, without reading a weight. Values written PLAIN and
 uncompressed make that possible: every length in a Parquet file then follows from lengths. So one writer does both: with
 a file it writes, without one it counts, and a value of which only the length is known is `Planned`. pyarrow writes
-Parquet too, but tells the size only afterwards, differs between its versions, and spends 8 kB on the footer of a small
-model where this spends 2. The price is a page of Thrift; pyarrow and duckdb read the result in the tests.
+Parquet too, but tells the size only afterwards, differs between its versions, and spends 7.5 kB around the values of
+a small model where this spends 2.8. The price is a page of Thrift; pyarrow and duckdb read the result in the tests.
 
 One page per column chunk, V1 data pages, every column required. Numbers in the structures are field ids and enums.
 Format: https://github.com/apache/parquet-format (README and parquet.thrift), Thrift compact protocol.

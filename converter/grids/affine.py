@@ -102,6 +102,11 @@ class AffineGrid:
 
         return torch.cat([chunk(rows) for rows in _chunks(weight_OI)])
 
+    def borders(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Where, with one positive scale a row, the first code begins and where each code ends: [O, codes + 1] f32."""
+        scale_O1, zero_O1 = per_row(params, len(params["scale"]))
+        return (torch.arange(self.low, self.high + 2) - 0.5 - zero_O1) * scale_O1
+
     def fit(self, weight: Tensor, importance: Tensor | None) -> Mapping[str, Tensor]:
         """The parts `scale` (and `zero_point`) for `weight` [O, I] or [I] f32; importance [I], not negative, or None.
 
@@ -153,15 +158,13 @@ class AffineGrid:
 
     def _least_divergence(self, weight_ON: Tensor) -> Mapping[str, Tensor]:
         """The parameters [O, 1] of the share of minmax's range with the least KL divergence; the widest of equals."""
-        counts_OK, centres_OK = observers.histogram(weight_ON)
+        found = observers.histogram(weight_ON)
         minimum_O1, maximum_O1 = observers.minmax(weight_ON[:, None, :])
         best: dict[str, Tensor] = dict(self._of_range(minimum_O1, maximum_O1))
         least_O1 = torch.full((len(weight_ON), 1), torch.inf, dtype=torch.float64)
-        whole_rows = replace(self, granularity="channel")
         for percent in range(100, 30, -1):
             params = self._of_range(minimum_O1 * (percent / 100), maximum_O1 * (percent / 100))
-            steps_OK = whole_rows.round(centres_OK, params).long() - self.low
-            divergence_O1 = observers.divergence(counts_OK, steps_OK, self.high - self.low + 1)[:, None]
+            divergence_O1 = observers.divergence(found, self.borders(params))[:, None]
             better_O1 = divergence_O1 < least_O1
             least_O1 = torch.where(better_O1, divergence_O1, least_O1)
             best = {part: torch.where(better_O1, params[part], best[part]) for part in best}

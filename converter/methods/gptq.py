@@ -23,6 +23,7 @@ from converter.methods import Block, Options, Rounded
 from converter.methods.rtn import fit, importance_of, is_quantized, round_to_nearest
 from quantkernels import columns
 
+LEAF = 128  # columns below which a triangular inverse is not halved again
 LEAST_RAISED = 0.01  # where raising the damping starts when none was asked for
 
 
@@ -99,13 +100,26 @@ def factorize(gram_II: Tensor, damping: float, where: str) -> Factor:
         added = share
         lower_II, failed = torch.linalg.cholesky_ex(hessian_II)
         if not int(failed):
-            upper_II = lower_II.flip(0, 1)
-            inverse_II = torch.linalg.solve_triangular(upper_II, torch.eye(len(upper_II)).double(), upper=True)
+            inverse_II = _upper_inverse(lower_II.flip(0, 1))
             raised = f"the Hessian is not positive definite: damping raised to {share:g}" if share > damping else ""
             return Factor(order_I=order_I, upper_II=inverse_II.float(), note=raised)
     powers_I = hessian_II.diagonal().flip(0).clamp(min=1)
     note = f"the Hessian is not positive definite at damping {added:g}: rounded to nearest with importance"
     return Factor(order_I=order_I, upper_II=powers_I.rsqrt().diag().float(), note=note)
+
+
+def _upper_inverse(upper_II: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix, half by half: a third of the operations of solving for an identity."""
+    size = len(upper_II)
+    if size <= LEAF:
+        solved_II: Tensor = torch.linalg.solve_triangular(upper_II, torch.eye(size, dtype=upper_II.dtype), upper=True)
+        return solved_II
+    half = size // 2
+    inverse_II = torch.zeros_like(upper_II)
+    first, last = _upper_inverse(upper_II[:half, :half]), _upper_inverse(upper_II[half:, half:])
+    inverse_II[:half, :half], inverse_II[half:, half:] = first, last
+    inverse_II[:half, half:] = -(first @ upper_II[:half, half:]) @ last
+    return inverse_II
 
 
 def _dampings(first: float) -> Iterator[float]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkernels.ggml.compiling import kernel
 from quantkernels.ggml.cpu_k_scale_min import quantize_scale_min
 from quantkernels.ggml.cpu_k_symmetric import quantize_q3_k, quantize_q6_k
 from quantkernels.ggml.cpu_legacy import quantize_by_range, quantize_by_search, quantize_q8_0
 from quantkernels.ggml.cpu_search import ZERO
-from quantkernels.ggml.lanes import WIDTH, bits_of, compiled, load, spread
+from quantkernels.ggml.lanes import WIDTH, bits_of, load, spread
 from quantkernels.ggml.layout import BlockType
 
 
@@ -46,7 +47,7 @@ def quantize_blocks(
             raise ValueError(f"no kernel makes {known.name}")
 
 
-@compiled
+@kernel
 def all_finite(values: NDArray[np.float32]) -> bool:
     """Whether no value is infinite or NaN: such a value less itself is not 0."""
     wrong = spread(ZERO) > ZERO

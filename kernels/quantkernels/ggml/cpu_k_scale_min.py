@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkernels.ggml.compiling import compiled, kernel
 from quantkernels.ggml.cpu_pack import pack_crumbs, pack_flags, pack_nibbles, place, split_high, weigh
 from quantkernels.ggml.cpu_search import (
     ZERO,
@@ -24,7 +25,7 @@ from quantkernels.ggml.half import store_half
 from quantkernels.ggml.lanes import (
     WIDTH,
     Lanes,
-    compiled,
+    buffer,
     load,
     low_byte,
     magnitude,
@@ -141,7 +142,7 @@ def search_group(
     """
     count = SUPER_BLOCK // size
     stride = count * WIDTH
-    scratch = np.empty(32 * WIDTH, np.float32)
+    scratch = buffer(32)
     for j in range(count):
         at = j * size
         if not weighed:
@@ -164,7 +165,7 @@ def search_group(
         store(found, 5 * stride + part * WIDTH, scale)
 
 
-@compiled
+@kernel
 def quantize_scale_min(rows: Floats, importance: Floats, columns: int, bits: int, out: Bytes) -> None:
     """Q4_K (bits 4), Q5_K (bits 5) or Q2_K (bits 2) of flat `rows`, into flat `out`; importance may be empty."""
     size = 16 if bits == 2 else 32
@@ -177,12 +178,12 @@ def quantize_scale_min(rows: Floats, importance: Floats, columns: int, bits: int
         steps = ALONE_4 if bits == 4 else ALONE_5
     count = SUPER_BLOCK // size
     stride = count * WIDTH
-    x = np.empty(SUPER_BLOCK * WIDTH, np.float32)
-    weight = np.empty(SUPER_BLOCK * WIDTH, np.float32)
-    found = np.empty(5 * stride + 2 * WIDTH, np.float32)
-    sub_codes = np.empty(2 * stride, np.float32)
-    codes = np.empty(SUPER_BLOCK, np.float32)
-    high = np.empty(SUPER_BLOCK, np.float32)
+    x = buffer(SUPER_BLOCK)
+    weight = buffer(SUPER_BLOCK)
+    found = buffer(5 * count + 2)
+    sub_codes = buffer(2 * count)
+    codes = buffer(SUPER_BLOCK // WIDTH)
+    high = buffer(SUPER_BLOCK // WIDTH)
     offsets = np.empty(WIDTH, np.int64)
     importance_offsets = np.empty(WIDTH, np.int64)
     blocks = len(rows) // SUPER_BLOCK

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkernels.ggml.compiling import compiled, kernel
 from quantkernels.ggml.cpu_pack import pack_crumbs, pack_flags, pack_nibbles, place, split_high, weigh
 from quantkernels.ggml.cpu_search import (
     ONE,
@@ -22,7 +23,7 @@ from quantkernels.ggml.cpu_search import (
     wrapped_codes,
 )
 from quantkernels.ggml.half import store_half
-from quantkernels.ggml.lanes import WIDTH, Lanes, compiled, load, magnitude, select, spread, store
+from quantkernels.ggml.lanes import WIDTH, Lanes, buffer, load, magnitude, select, spread, store
 from quantkernels.ggml.layout import SUPER_BLOCK
 
 Floats = NDArray[np.float32]
@@ -78,15 +79,15 @@ def scales_by_extreme(found: Floats, limit: int, codes: Floats) -> tuple[Lanes, 
     return ONE / inverse, extreme
 
 
-@compiled
+@kernel
 def quantize_q6_k(rows: Floats, importance: Floats, columns: int, out: Bytes) -> None:
     """Q6_K of flat `rows` into flat `out`; importance may be empty."""
-    x = np.empty(SUPER_BLOCK * WIDTH, np.float32)
-    weight = np.empty(SUPER_BLOCK * WIDTH, np.float32)
-    found = np.empty(3 * STRIDE, np.float32)
-    sub_codes = np.empty(STRIDE + 2 * WIDTH, np.float32)
-    codes = np.empty(SUPER_BLOCK, np.float32)
-    high = np.empty(SUPER_BLOCK, np.float32)
+    x = buffer(SUPER_BLOCK)
+    weight = buffer(SUPER_BLOCK)
+    found = buffer(3 * COUNT)
+    sub_codes = buffer(COUNT + 2)
+    codes = buffer(SUPER_BLOCK // WIDTH)
+    high = buffer(SUPER_BLOCK // WIDTH)
     offsets = np.empty(WIDTH, np.int64)
     importance_offsets = np.empty(WIDTH, np.int64)
     blocks = len(rows) // SUPER_BLOCK
@@ -117,15 +118,15 @@ def quantize_q6_k(rows: Floats, importance: Floats, columns: int, out: Bytes) ->
             pack_crumbs(high, out, at + 128)
 
 
-@compiled
+@kernel
 def quantize_q3_k(rows: Floats, importance: Floats, columns: int, out: Bytes) -> None:
     """Q3_K of flat `rows` into flat `out`; importance may be empty."""
-    x = np.empty(SUPER_BLOCK * WIDTH, np.float32)
-    weight = np.empty(SUPER_BLOCK * WIDTH, np.float32)
-    found = np.empty(3 * STRIDE, np.float32)
-    sub_codes = np.empty(STRIDE + WIDTH, np.float32)
-    codes = np.empty(SUPER_BLOCK, np.float32)
-    high = np.empty(SUPER_BLOCK, np.float32)
+    x = buffer(SUPER_BLOCK)
+    weight = buffer(SUPER_BLOCK)
+    found = buffer(3 * COUNT)
+    sub_codes = buffer(COUNT + 1)
+    codes = buffer(SUPER_BLOCK // WIDTH)
+    high = buffer(SUPER_BLOCK // WIDTH)
     offsets = np.empty(WIDTH, np.int64)
     importance_offsets = np.empty(WIDTH, np.int64)
     blocks = len(rows) // SUPER_BLOCK

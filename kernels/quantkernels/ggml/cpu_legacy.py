@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkernels.ggml.compiling import compiled, kernel
 from quantkernels.ggml.cpu_search import (
     ONE,
     ZERO,
@@ -24,7 +25,7 @@ from quantkernels.ggml.lanes import (
     WIDTH,
     Lanes,
     bits_of,
-    compiled,
+    buffer,
     load,
     magnitude,
     root,
@@ -87,11 +88,11 @@ def pack_codes(first: Lanes, second: Lanes, bits: int, target: Bytes, at: int) -
     store_bytes(target, at + (4 if bits == 5 else 0), first + second * np.float32(16))
 
 
-@compiled
+@kernel
 def quantize_q8_0(rows: Floats, out: Bytes) -> None:
     """Q8_0 of flat `rows` into flat `out`."""
-    x = np.empty(BLOCK * WIDTH, np.float32)
-    found = np.empty(2 * WIDTH, np.float32)
+    x = buffer(BLOCK)
+    found = buffer(2)
     offsets = np.empty(WIDTH, np.int64)
     blocks = len(rows) // BLOCK
     for group in range((blocks + WIDTH - 1) // WIDTH):
@@ -108,11 +109,11 @@ def quantize_q8_0(rows: Floats, out: Bytes) -> None:
                 store_bytes(out, at + 2 + i, round_half_away(within(scaled)))
 
 
-@compiled
+@kernel
 def quantize_by_range(rows: Floats, bits: int, with_minimum: bool, out: Bytes) -> None:
     """Q4_0, Q5_0 or, with a minimum, Q4_1, Q5_1 of flat `rows` into flat `out`, without importance."""
-    x = np.empty(BLOCK * WIDTH, np.float32)
-    found = np.empty(3 * WIDTH, np.float32)
+    x = buffer(BLOCK)
+    found = buffer(3)
     offsets = np.empty(WIDTH, np.int64)
     top = np.float32((1 << bits) - 1)
     middle = 1 << (bits - 1)
@@ -161,7 +162,7 @@ def mean_squares(rows: Floats, columns: int) -> Floats:
     """The mean square of each row, added in order; sixteen rows at a time."""
     count = len(rows) // columns
     means = np.empty((count + WIDTH - 1) // WIDTH * WIDTH, np.float32)
-    tile = np.empty(WIDTH * WIDTH, np.float32)
+    tile = buffer(WIDTH)
     offsets = np.empty(WIDTH, np.int64)
     for first in range(0, count, WIDTH):
         for k in range(WIDTH):
@@ -176,16 +177,16 @@ def mean_squares(rows: Floats, columns: int) -> Floats:
     return means
 
 
-@compiled
+@kernel
 def quantize_by_search(
     rows: Floats, importance: Floats, columns: int, bits: int, with_minimum: bool, out: Bytes
 ) -> None:
     """Q4_0, Q5_0 or, with a minimum, Q4_1, Q5_1 of flat `rows` into flat `out`, with importance."""
-    x = np.empty(BLOCK * WIDTH, np.float32)
-    weight = np.empty(BLOCK * WIDTH, np.float32)
-    scratch = np.empty(BLOCK * WIDTH, np.float32)
-    found = np.empty(4 * WIDTH, np.float32)
-    mean_square = np.empty(WIDTH, np.float32)
+    x = buffer(BLOCK)
+    weight = buffer(BLOCK)
+    scratch = buffer(BLOCK)
+    found = buffer(4)
+    mean_square = buffer(1)
     offsets = np.empty(WIDTH, np.int64)
     importance_offsets = np.empty(WIDTH, np.int64)
     means = mean_squares(rows, columns)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkernels.ggml.compiling import compiled
 from quantkernels.ggml.cpu_search import ONE, sum_of_squares
-from quantkernels.ggml.lanes import WIDTH, compiled, load, root, store, store_bytes, whole
+from quantkernels.ggml.lanes import WIDTH, load, root, store, store_bytes, whole
 from quantkernels.ggml.layout import SUPER_BLOCK
 
 Floats = NDArray[np.float32]

@@ -11,11 +11,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkernels.ggml.compiling import compiled
 from quantkernels.ggml.lanes import (
     WIDTH,
     Lanes,
     bits_of,
-    compiled,
     load,
     low_byte,
     magnitude,
@@ -143,6 +143,23 @@ def error_of(
 
 
 @compiled
+def survey(x: Floats, weight: Floats, at: int, count: int) -> tuple[Lanes, Lanes, Lanes, Lanes]:
+    """The smallest value or 0, the largest value, the sum of the weights and the weighted sum of the values."""
+    high = load(x, at * WIDTH)
+    low = high
+    sum_w = load(weight, at * WIDTH)
+    sum_x = sum_w * high
+    for i in range(at + 1, at + count):
+        value = load(x, i * WIDTH)
+        factor = load(weight, i * WIDTH)
+        low = select(value < low, value, low)
+        high = select(value > high, value, high)
+        sum_w += factor
+        sum_x += factor * value
+    return select(low > ZERO, ZERO, low), high, sum_w, sum_x
+
+
+@compiled
 def search_scale_min(
     x: Floats,
     weight: Floats,
@@ -159,20 +176,8 @@ def search_scale_min(
     codes is scratch for `count` values. Where a block is constant scale and inverse are 0.
     """
     top = np.float32(limit)
-    high = load(x, at * WIDTH)
-    low = high
-    sum_w = load(weight, at * WIDTH)
-    sum_x = sum_w * high
-    for i in range(at + 1, at + count):
-        value = load(x, i * WIDTH)
-        factor = load(weight, i * WIDTH)
-        low = select(value < low, value, low)
-        high = select(value > high, value, high)
-        sum_w += factor
-        sum_x += factor * value
-    low = select(low > ZERO, ZERO, low)
+    low, high, sum_w, sum_x = survey(x, weight, at, count)
     active = ~(high == low)
-
     inverse = top / (high - low)
     for i in range(count):
         store(codes, i * WIDTH, wrapped_codes(inverse * (load(x, (at + i) * WIDTH) - low), ZERO, top))

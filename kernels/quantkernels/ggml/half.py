@@ -12,7 +12,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 from numpy.typing import NDArray
 
-from quantkernels.ggml.lanes import compiled, instruction
+from quantkernels.ggml.compiling import compiled, instruction
 
 
 @instruction

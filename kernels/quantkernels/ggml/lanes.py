@@ -13,37 +13,23 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
-import numba
+import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.extending import lower_builtin, models, register_model
+from numpy.typing import NDArray
+
+from quantkernels.ggml.compiling import compiled, instruction
 
 WIDTH = 16
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 # numba, not mypy, checks the types inside compiled code.
 Lanes: TypeAlias = Any  # sixteen float32 values
 Mask: TypeAlias = Any  # sixteen yes-or-no answers
-
-
-def compiled(function: Function) -> Function:
-    """`function` compiled by numba: cached on disk, without the GIL, IEEE division, no fast-math.
-
-    Trap: numba renews a cached kernel when its own file changes, not when a file it calls into does. After editing a
-    file that others here import, delete the `__pycache__` folder beside it.
-    """
-    made: Function = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
-    return made
-
-
-def instruction(function: Function) -> Callable[..., Any]:
-    """A numba intrinsic: `function` gives the signature and the LLVM code; calls have the arguments after the first."""
-    made: Callable[..., Any] = intrinsic(function)
-    return made
 
 
 class _LanesType(types.Type):
@@ -282,3 +268,14 @@ def transpose(typing_context: Any, source: Any, offsets: Any, first: Any, target
         return context.get_dummy_value()
 
     return types.void(source, offsets, types.int64, target, types.int64), emit
+
+
+@compiled
+def buffer(lines: int) -> NDArray[np.float32]:
+    """Room for `lines` stores of lanes, not initialized, at an address that is a multiple of 64.
+
+    There a 64-byte load never touches two cache lines; with numpy's own 16 bytes most do.
+    """
+    room = np.empty((lines + 1) * WIDTH, np.float32)
+    start = (-room.ctypes.data % 64) // 4
+    return room[start : start + lines * WIDTH]

@@ -1,0 +1,103 @@
+"""A whole run from a hub to a hub over HTTP: the real client, real processes, a server that speaks the protocol."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import WRITER, HubServer, hub_server
+from small_run import ROOT, TARGETS, write_model
+
+__all__ = ["hub_server"]  # a fixture
+
+MANIFEST = """
+name: hubs
+models: [{{source: hub:owner/small}}]
+targets:
+  q8-0: {q8}
+  int8: {int8}
+calibration: {{sequences: 4, length: 64}}
+evaluation: {{sequences: 2, length: 64}}
+publish: {{hub: hf, repo: "owner/{{model}}-{{target}}"}}
+"""
+
+
+def hubmill(server: HubServer, *arguments: object, token: str | None = WRITER) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(ROOT / "no-such-home")}
+    if token:
+        environment["HF_TOKEN"] = token
+    command = [sys.executable, "-m", "converter.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300, check=False)
+
+
+@pytest.fixture
+def manifest(hub_server: HubServer, tmp_path: Path) -> Path:
+    folder = write_model(tmp_path / "model")
+    hub_server.add("owner/small", {path.name: path.read_bytes() for path in folder.iterdir()})
+    path = tmp_path / "hubs.yaml"
+    path.write_text(MANIFEST.format(q8=TARGETS["q8-0"], int8=TARGETS["int8"]))
+    return path
+
+
+def test_a_model_goes_from_hub_to_hub_once_and_follows_new_commits(
+    hub_server: HubServer, manifest: Path, tmp_path: Path
+) -> None:
+    arguments = ("convert", manifest, "--out", tmp_path / "out", "--json")
+    first = hubmill(hub_server, *arguments)
+    assert first.returncode == 0, first.stdout + first.stderr
+    run = tmp_path / "out" / "hubs"
+    for kind, target in (("models", "q8-0"), ("datasets", "int8")):
+        folder = run / "small" / target
+        ours = {path.name: path.read_bytes() for path in folder.iterdir()}
+        theirs = hub_server.files(f"owner/small-{target}", kind)
+        assert {name: theirs[name] for name in ours} == ours
+    assert "base_model: owner/small" in (run / "small" / "q8-0" / "README.md").read_text().replace('"', "")
+    commits = len(hub_server.requests("POST", "/commit/"))
+
+    again = hubmill(hub_server, *arguments)
+    assert again.returncode == 0
+    assert '"done"' not in again.stdout, "nothing is done twice"
+    assert len(hub_server.requests("POST", "/commit/")) == commits
+
+    newer = write_model(tmp_path / "newer", seed=5)
+    commit = hub_server.add("owner/small", {path.name: path.read_bytes() for path in newer.iterdir()})
+    third = hubmill(hub_server, *arguments)
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert commit in (run / "manifest.lock.yaml").read_text()
+    assert len(hub_server.requests("POST", "/commit/")) == commits + 2
+
+
+def test_the_token_is_in_no_file_and_no_output(hub_server: HubServer, manifest: Path, tmp_path: Path) -> None:
+    done = hubmill(hub_server, "convert", manifest, "--out", tmp_path / "out", "--json")
+    assert WRITER not in done.stdout + done.stderr
+    for path in (tmp_path / "out").rglob("*"):
+        if path.is_file():
+            assert WRITER.encode() not in path.read_bytes(), path
+
+
+def test_missing_rights_and_models_are_refused_before_any_work(
+    hub_server: HubServer, manifest: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    nobody = hubmill(hub_server, "convert", manifest, "--out", out, token=None)
+    assert nobody.returncode == 3
+    assert "HF_TOKEN" in nobody.stderr
+    manifest.write_text(manifest.read_text().replace("owner/small", "owner/missing"))
+    missing = hubmill(hub_server, "plan", manifest, "--out", out)
+    assert missing.returncode == 3
+    assert "owner/missing" in missing.stderr
+    assert not (out / "hubs" / "comparison.json").exists()
+
+
+def test_the_plan_reads_headers_only(hub_server: HubServer, manifest: Path, tmp_path: Path) -> None:
+    planned = hubmill(hub_server, "plan", manifest, "--out", tmp_path / "out", "--json")
+    assert planned.returncode == 0, planned.stderr
+    jobs = {job["job"]: job for job in json.loads(planned.stdout)["jobs"]}
+    assert jobs["small/q8-0"]["exact"]
+    assert {tensor["type"] for tensor in jobs["small/q8-0"]["tensors"]} == {"Q8_0", "F32"}
+    assert all(entry.range for entry in hub_server.requests("GET", r"\.safetensors$"))
