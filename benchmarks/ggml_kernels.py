@@ -22,10 +22,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "tests")]
 
-import ggml_peer
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+import ggml_peer
 from quantkernels.ggml import TYPES, dequantize, quantize
 
 Floats = NDArray[np.float32]

@@ -1,3 +1,3 @@
-"""One model in, measured artifacts out. Never imports ray: how work is spread over machines is the business of `jobs`."""
+"""One model in, measured artifacts out. Never imports ray: `jobs` knows how work is spread over machines."""
 
 __version__ = "0.1.0"

@@ -19,29 +19,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from converter.errors import SourceError, UnsupportedError
+from converter.errors import HubmillError, SourceError
 
 MARKER = "\n%%\n"  # between the documents of a built-in text
 
-Chat = Callable[[list[dict[str, str]]], str]
+Chat = Callable[[list[dict[str, Any]]], str]
 
 
 def documents(text: str, folder: Path, split: Literal["calibration", "evaluation"], chat: Chat) -> list[str]:
-    """The documents that a manifest's `text` names: builtin | file:path | hub:dataset@revision#column.
+    """The documents that a manifest's `text` names: builtin | file:path. For hub: see converter/dataset.py.
 
     folder: what relative paths start from. split: which half of the built-in text. chat: messages -> text, for JSON
     lines with "messages". A file is one document, unless it ends in .jsonl: then each line is one.
-    Raises SourceError when a file cannot be read or holds no text, UnsupportedError for a data set on a hub.
+    Raises SourceError when a file cannot be read or holds no text.
     """
+    assert not text.startswith("hub:"), "a data set on a hub is read by converter.dataset"
     if text == "builtin":
         written = (resources.files("converter") / "texts" / f"{split}.txt").read_text("utf-8")
         return [document.strip("\n") for document in written.split(MARKER)]
-    if text.startswith("hub:"):
-        raise UnsupportedError(
-            text,
-            "text from a data set on a hub cannot be read yet",
-            'Save the column as JSON lines of {"text": ...} and name it as file:...',
-        )
     path = folder / text.removeprefix("file:")
     try:
         written = path.read_text("utf-8")
@@ -90,6 +85,17 @@ def token_rows(
     return rows
 
 
+def conversation(chat: Chat, messages: list[Any], where: str) -> str:
+    """The text of a conversation by the tokenizer's template; raises SourceError when the template refuses it."""
+    try:
+        return chat(messages)
+    except HubmillError:
+        raise
+    except Exception as error:  # a template is code from a model's folder, and raises what it likes
+        what = f"the chat template refuses these messages: {error}"
+        raise SourceError(where, what, "Give messages with the roles that this model knows, or plain text") from error
+
+
 def digest(rows: Tensor) -> str:
     """The sha256 of token rows, 64 hex digits, over their shape and their values as little-endian 64-bit integers."""
     shape = "x".join(map(str, rows.shape))
@@ -110,7 +116,7 @@ def _json_lines(path: Path, written: str, chat: Chat) -> list[str]:
             case {"text": str(text)}:
                 found.append(text)
             case {"messages": [*messages]}:
-                found.append(chat(messages))
+                found.append(conversation(chat, messages, where))
             case _:
                 what = 'neither "text" with a string nor "messages" with a list'
                 raise SourceError(where, what, 'Write {"text": ...} or {"messages": [...]} on each line')

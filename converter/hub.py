@@ -11,12 +11,14 @@ Messages never hold the text of a client's error: it may quote a signed URL or a
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
@@ -57,6 +59,8 @@ WAITS = (1.0, 2.0, 4.0)  # seconds before each further try, unless the hub names
 LONGEST_WAIT = 300.0  # the window of the public hub's rate limits
 TIMEOUT = 30.0
 TOGETHER = 4  # files in flight
+LISTING = ".listing.json"  # beside the files of a commit
+COMMIT = re.compile("[0-9a-f]{40}")
 HIDDEN = re.compile(r"(^|/)\.(?!\.?(/|$))")  # .gitattributes, but not "..", which is refused and not left out
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
 FAULTS = (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, HFValidationError, LocalTokenNotFoundError)
@@ -185,6 +189,25 @@ def look(repo: str, kind: Kind, revision: str | None, endpoint: str | None, toke
         endpoint=api.endpoint,
         token=token,
     )
+
+
+def look_once(repo: str, kind: Kind, revision: str, cache: Path, endpoint: str | None, token: str | None) -> Remote:
+    """List a repo as `look` does, but a commit only once: what it holds never changes, so the listing is kept."""
+    api = HfApi(endpoint=endpoint, token=token)
+    if COMMIT.fullmatch(revision):
+        known = Remote(
+            repo=repo, kind=kind, commit=revision, sizes={}, checksums={}, endpoint=api.endpoint, token=token
+        )
+        with suppress(OSError, ValueError, KeyError):
+            listing = json.loads((known.folder(cache) / LISTING).read_text("utf-8"))
+            return replace(known, sizes=listing["sizes"], checksums=listing["checksums"])
+    remote = look(repo, kind, revision, endpoint, token)
+    path = remote.folder(cache) / LISTING
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{LISTING}.{uuid.uuid4().hex[:8]}")
+    part.write_text(json.dumps({"sizes": dict(remote.sizes), "checksums": dict(remote.checksums)}), "utf-8")
+    part.replace(path)
+    return remote
 
 
 def read_header(remote: Remote, name: str, where: str) -> tuple[Header, ...]:
@@ -328,17 +351,17 @@ def explain(error: Exception, repo: str, endpoint: str) -> tuple[str, str]:
     if isinstance(error, HFValidationError):
         return f"'{repo}' is no name of a repo", "Write owner/name"
     if isinstance(error, OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE forbids to ask {endpoint}", "Unset it, or use folder: with a model on this disk"
+        return f"HF_HUB_OFFLINE forbids to ask {endpoint}", "Unset it, or use folder: or file: with a copy on this disk"
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token", "Set HF_TOKEN to a token with write access"
     if isinstance(error, GatedRepoError):
         return f"{repo} is gated ({status})", f"Accept its terms at {endpoint}/{repo}, and {sign_in}"
     if isinstance(error, DisabledRepoError):
-        return f"{repo} was disabled by {endpoint}", "Choose another model"
+        return f"{repo} was disabled by {endpoint}", "Choose another"
     if isinstance(error, RevisionNotFoundError):
         return f"{repo} has no such revision", f"Choose one of those at {endpoint}/{repo}"
     if isinstance(error, RemoteEntryNotFoundError):
-        return f"a file of {repo} is gone ({status})", "Resolve the model again: its repo was rewritten"
+        return f"a file of {repo} is gone ({status})", "Run it again: its repo was rewritten"
     if isinstance(error, RepositoryNotFoundError) or status == 404:
         return f"{endpoint} shows no {repo} ({status})", f"Check the name; if it is private, {sign_in}"
     if status == 401:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,7 +152,7 @@ def convert(run: Run, display: Display) -> Result:
     with only_run(store):
         facts = {job.subject: {"files": dict(job.artifact.files)} for job in prepared.plan.jobs}
         if len(prepared.commits) == len({job.model.name for job in run.manifest.jobs()}):
-            write_text(store.run / "manifest.lock.yaml", lock_text(run.manifest, prepared.commits, facts))
+            write_text(store.run / "manifest.lock.yaml", lock_text(prepared.manifest, prepared.commits, facts))
         state = Progress(done=set(ready.done))
         if ready.needed:
             store.sweep()
@@ -164,7 +164,7 @@ def convert(run: Run, display: Display) -> Result:
             finally:
                 executor.close()
         rows = [_row(store, job, prepared, state) for job in run.manifest.jobs()]
-        write_comparison(run, rows, _measured(graph, state, store))
+        write_comparison(replace(run, manifest=prepared.manifest), rows, _measured(graph, state, store))
     failures = tuple((graph.tasks[key].title, error) for key, error in state.failed.items())
     return Result(rows=tuple(rows), failures=failures, tasks_run=len(ready.needed))
 

@@ -1,7 +1,8 @@
 """Open every model, plan every artifact, and find out now what would fail later.
 
-Reads headers and small files only. A problem belongs to a job, not to the run: the caller decides whether to refuse the
-run or to go on without those jobs. Nothing is written but the small files of hub models.
+Reads headers, small files and text only. A problem belongs to a job, not to the run: the caller decides whether to
+refuse the run or to go on without those jobs. Nothing is written but what comes from hubs: the small files of models,
+and those files of a data set that hold the rows. Data sets are pinned to a commit here: later tasks read them again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter import hub
+from converter import dataset, hub
 from converter.architecture import Architecture, find
 from converter.calibration import digest
 from converter.containers.tables import CONTAINERS
@@ -29,8 +30,9 @@ MEMORY_SHARE = 0.9  # of the machine's memory; the rest is the system's and the 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What can be done, and by job what cannot and why."""
+    """What can be done, and by job what cannot and why; manifest: as it was, with its data sets at their commits."""
 
+    manifest: Manifest
     plan: Plan
     problems: Mapping[str, str]
     commits: Mapping[str, str]
@@ -49,19 +51,27 @@ def prepare(manifest: Manifest, jobs: Sequence[Job], store: Store, cpus: int, de
     """Plan these jobs of the manifest."""
     problems: dict[str, str] = {}
     models: dict[str, Model] = {}
+    lost: dict[str, HubmillError] = {}  # by model
     planned: list[PlannedJob] = []
     texts: dict[str, Texts] = {}
+    manifest, unread = _pinned(manifest, store)
     for job in jobs:
+        name = job.model.name
         try:
-            if job.model.name not in models:
-                models[job.model.name] = _open(job, store)
-                texts[job.model.name] = _texts(manifest, models[job.model.name])
-            planned.append(_plan_job(manifest, job, models[job.model.name]))
+            if name not in models and name not in lost:
+                models[name] = _open(job, store)
+                texts[name] = _texts(manifest, unread, models[name], store)
+        except HubmillError as error:
+            lost[name] = error
+        try:
+            if name in lost:
+                raise lost[name]
+            planned.append(_plan_job(manifest, job, models[name]))
         except HubmillError as error:
             problems[job.key] = str(error)
     plan = build(manifest, planned, texts, cpus, device)
     commits = {name: model.snapshot.commit for name, model in models.items()}
-    return Prepared(plan=plan, problems=problems, commits=commits)
+    return Prepared(manifest=manifest, plan=plan, problems=problems, commits=commits)
 
 
 def _open(job: Job, store: Store) -> Model:
@@ -83,14 +93,36 @@ def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
     return PlannedJob(model=model, target=target, artifact=artifact, repo=repo)
 
 
-def _texts(manifest: Manifest, model: Model) -> Texts:
+def _pinned(manifest: Manifest, store: Store) -> tuple[Manifest, HubmillError | None]:
+    """The manifest with its data sets on hubs at the commits they have now, or as it is and why that failed."""
+    calibration, evaluation = manifest.calibration, manifest.evaluation
+    try:
+        texts = [
+            dataset.pin(calibration.text, store.downloads, "calibration text"),
+            dataset.pin(evaluation.text, store.downloads, "evaluation text"),
+        ]
+        if texts[0] == texts[1] != "builtin":
+            what = f"{evaluation.text} and {calibration.text} are one commit, so nothing would be held out"
+            raise UnsupportedError("evaluation text", what, "Name another text or column")
+    except HubmillError as error:
+        return manifest, error
+    sections = {
+        "calibration": calibration.model_copy(update={"text": texts[0]}),
+        "evaluation": evaluation.model_copy(update={"text": texts[1]}),
+    }
+    return manifest.model_copy(update=sections), None
+
+
+def _texts(manifest: Manifest, unread: HubmillError | None, model: Model, store: Store) -> Texts:
     """The token rows that this model will be calibrated and measured on, by digest; finds a text that is too short."""
     digests = ["", ""]
     if model.architecture:
+        if unread:
+            raise unread
         folder = model.snapshot.folder
         digests = [
-            digest(text_rows(manifest.calibration, folder, model.name)),
-            digest(text_rows(manifest.evaluation, folder, model.name)),
+            digest(text_rows(manifest.calibration, folder, model.name, store.downloads)),
+            digest(text_rows(manifest.evaluation, folder, model.name, store.downloads)),
         ]
     return Texts(
         calibration=manifest.calibration,

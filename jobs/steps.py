@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from converter import calibration, hub, tensor_file
+from converter import calibration, dataset, hub, tensor_file
 from converter.blocks import Decoder, tokenizer
 from converter.calibrate import calibrate_block
 from converter.compare import card, evaluation
@@ -64,7 +64,7 @@ def run(task: Task, store: Store, threads: int) -> Outcome:
     start = time.perf_counter()
     _reset_peak()
     error = note = ""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # BLAS promises the same bits only on the same number; `threads` are our own workers
     try:
         assert isinstance(task.work, Work)
         with store.attempt(task.key) as (folder, record), torch.no_grad():
@@ -107,7 +107,7 @@ def calibrate(attempt: Attempt) -> None:
     assert task.block is not None and model.architecture is not None
     decoder = _decoder(attempt, model)
     if task.block == 0:
-        rows = text_rows(work.texts.calibration, model.snapshot.folder, model.name)
+        rows = text_rows(work.texts.calibration, model.snapshot.folder, model.name, attempt.store.downloads)
         hidden = decoder.embed(rows, {name: model.snapshot.read(name) for name in decoder.input_names})
     else:
         hidden = tensor_file.load(attempt.store.output(work.calibrated) / "hidden.safetensors")["hidden"]
@@ -216,7 +216,7 @@ def reference(attempt: Attempt) -> None:
     model = _here(attempt)
     attempt.record["source"] = evaluation.reference(
         _decoder(attempt, model),
-        text_rows(attempt.work.texts.evaluation, model.snapshot.folder, model.name),
+        text_rows(attempt.work.texts.evaluation, model.snapshot.folder, model.name, attempt.store.downloads),
         _original(attempt, model),
         attempt.folder,
         attempt.report,
@@ -233,7 +233,7 @@ def evaluate(attempt: Attempt) -> None:
         _original(attempt, model),
         opened,
         _decoder(attempt, model) if known else None,
-        text_rows(work.texts.evaluation, model.snapshot.folder, model.name) if known else None,
+        text_rows(work.texts.evaluation, model.snapshot.folder, model.name, attempt.store.downloads) if known else None,
         attempt.report,
     )
     notes: dict[str, str] = attempt.store.record(work.assembled)["notes"]
@@ -345,12 +345,22 @@ def _decoder(attempt: Attempt, model: Model) -> Decoder:
     )
 
 
-def text_rows(settings: Calibration | Evaluation, folder: Path, name: str) -> Tensor:
-    """The token rows [N, T] i64 of a manifest's text for the model in `folder`; raises SourceError when it is short."""
+def text_rows(settings: Calibration | Evaluation, folder: Path, name: str, cache: Path) -> Tensor:
+    """The token rows [N, T] i64 of a manifest's text for the model in `folder`.
+
+    cache receives the files of a data set on a hub. Raises SourceError when the text cannot be read or is too short.
+    """
     split: Literal["calibration", "evaluation"] = "calibration" if isinstance(settings, Calibration) else "evaluation"
     loaded = tokenizer(folder, f"model '{name}'")
+    if settings.text.startswith("hub:"):
+        wanted = settings.sequences * (settings.length - len(loaded.prefix))
+        documents = dataset.documents(
+            settings.text, split, cache, loaded.chat, lambda text: len(loaded.encode(f"{text}\n\n")), wanted
+        )
+    else:
+        documents = calibration.documents(settings.text, Path(), split, loaded.chat)
     return calibration.token_rows(
-        calibration.documents(settings.text, Path(), split, loaded.chat),
+        documents,
         loaded.encode,
         settings.sequences,
         settings.length,

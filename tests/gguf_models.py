@@ -36,7 +36,8 @@ HARD_TEXT = (
     "日本語のテキスト、カタカナ。中文（全角）！한국어 "
     "😀👩‍👩‍👧‍👦🇩🇪🤷🏽‍♀️ ‼️ „Zitat“ «guillemets» — – … "
     "<|im_start|>user\nhi<|im_end|>\n<|not_special|> </s> <unk> [INST] "
-    "def f(x):\n    return {'a': x**2, \"b\": [1, 2]}  # ünï\n\tif (a&&b) { c->d[0]!=~e; } //**/ https://a.b/c?d=e&f=%20 "
+    "def f(x):\n    return {'a': x**2, \"b\": [1, 2]}  # ünï\n\tif (a&&b) { c->d[0]!=~e; } //**/ "
+    "https://a.b/c?d=e&f=%20 "
     "CamelCaseWord snake_case_word HTTPServer2 ALLCAPS mIxEd\u00a0nbsp\u3000wide\u200bzero "
 )
 
@@ -71,7 +72,7 @@ def byte_level(steps: Sequence[str] = (QWEN2,), size: int = 1000, **options: Any
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.train_from_iterator([TEXT, *[HARD_TEXT] * 50], trainer)
     return tokenizer
 
 

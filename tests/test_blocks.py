@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from decoder_models import FAMILIES, build, tensors_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,6 +24,7 @@ from converter.calibrate import CalibratedBlock, calibrate_block
 from converter.errors import NumericsError, SourceError, UnsupportedError
 from converter.stats import observe, pack, unpack
 from converter.workers import Workers
+from decoder_models import FAMILIES, build, tensors_of
 
 BLOCKS, LENGTH, VOCABULARY = 3, 20, 97
 ROWS = torch.randint(0, VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(5))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converter.calibration import digest, documents, token_rows
-from converter.errors import SourceError, UnsupportedError
+from converter.errors import SourceError
 
 
 def encode(text: str) -> list[int]:
@@ -121,5 +121,9 @@ def test_texts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     for name, what in (("latin.txt", "not UTF-8 at byte 3"), ("empty.txt", "no text"), ("none.txt", "cannot be read")):
         with pytest.raises(SourceError, match=what):
             documents(f"file:{name}", tmp_path, "calibration", chat)
-    with pytest.raises(UnsupportedError, match="cannot be read yet"):
-        documents("hub:org/set@main#text", tmp_path, "calibration", chat)
+
+
+def test_messages_that_the_template_refuses_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user"}]}', "utf-8")
+    with pytest.raises(SourceError, match=r"a\.jsonl:1: the chat template refuses these messages: 'content'"):
+        documents("file:a.jsonl", tmp_path, "calibration", chat)

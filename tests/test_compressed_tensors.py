@@ -10,7 +10,6 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save
-from tiny_models import round_to_nearest, write_llama, write_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -23,6 +22,7 @@ from converter.errors import SourceError, UnsupportedError
 from converter.manifest import Rule, Target
 from converter.schemes import COMPRESSED_TENSORS_SCHEMES
 from converter.source import Snapshot, open_folder
+from tiny_models import round_to_nearest, write_llama, write_state_dict
 
 TOKENS = torch.arange(48).reshape(2, 24)
 

@@ -97,7 +97,7 @@ def test_a_failure_stops_only_its_dependents(tmp_path: Path) -> None:
     bad = task("bad", a)
     graph = Graph([a, bad, task("after bad", bad), task("good", a)])
     executor = Recorder(fails=["bad"])
-    store, failed, skipped = run(graph, tmp_path, executor)
+    _, failed, skipped = run(graph, tmp_path, executor)
     assert set(failed.values()) == {"it broke"}
     assert set(skipped.values()) == {"quantize bad"}
     assert "good" in executor.order

@@ -9,12 +9,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from ggml_peer import dequantize as peer_dequantize
-from ggml_peer import library as peer_library
-from ggml_peer import quantize as peer_quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
+from ggml_peer import dequantize as peer_dequantize
+from ggml_peer import library as peer_library
+from ggml_peer import quantize as peer_quantize
 from quantkernels.ggml import TYPES, Backend, block_size, cpu_k_symmetric, cpu_search, dequantize, quantize, row_bytes
 from quantkernels.ggml.compiling import compiled, digest
 from quantkernels.ggml.lanes import WIDTH, load, nearest_wrapped, store

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import gguf_models as tiny
 import pytest
 import torch
-from llama_peer import Llama
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import gguf_models as tiny
 from converter.containers.gguf import GGUF
 from converter.containers.gguf.pretokenizer import SPLITTINGS, Splitting, recognise
+from llama_peer import Llama
 
 PROMPT = list(range(300, 420))  # long enough that the first and last position differ in every rotated pair
 # What the reader does to activations before each product: nothing, to f16 or bf16 (11 and 8 significant bits: at most

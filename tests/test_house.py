@@ -27,7 +27,7 @@ DOORS = {
     "transformers": ("converter/blocks.py",),
     "safetensors": ("converter/tensor_file.py", "converter/source.py", "converter/containers/"),
     "gguf": ("converter/containers/gguf/",),
-    "pyarrow": ("converter/containers/", "converter/compare/tables.py"),
+    "pyarrow": ("converter/containers/", "converter/compare/tables.py", "converter/dataset.py"),
     "jinja2": ("converter/compare/report.py",),
     "numba": ("kernels/quantkernels/",),
     "triton": ("kernels/quantkernels/",),

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import READER, WRITER, HubServer, artifact, contents, hub_server
 from safetensors.torch import save
 
 from converter.errors import PublishError, SourceError
 from converter.hub import FolderHub, Hub, HuggingFaceHub, fetch, resolve
+from hub_server import READER, WRITER, HubServer, artifact, contents, hub_server
 
 __all__ = ["hub_server"]  # a fixture
 WEIGHTS = r"\.safetensors$"

@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import round_to_nearest, write_llama, write_state_dict
 from torch import Tensor
 
 from converter.architecture import find
@@ -29,6 +28,7 @@ from converter.grids.affine import AffineGrid
 from converter.manifest import Rule, Target
 from converter.schemes import PARQUET_SCHEMES
 from converter.source import Snapshot, open_folder
+from tiny_models import round_to_nearest, write_llama, write_state_dict
 
 
 def make_target(scheme: str, *rules: tuple[str, str], **fields: Any) -> Target:

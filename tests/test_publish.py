@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hub_server import artifact, contents
 
 from converter.errors import PublishError
 from converter.publish import FolderHub
+from hub_server import artifact, contents
 
 
 @pytest.mark.parametrize("repo", ["../out", "/abs", ".commits/x", "a/../b", "a/.hidden"])

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from hub_server import WRITER, HubServer, hub_server
 from small_run import ROOT, TARGETS, write_model
 

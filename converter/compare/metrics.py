@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 RUN = 4096  # elements whose products are summed in f32
 SLICE = RUN << 10  # elements taken at once, so that the copies stay small beside the tensors
 

@@ -31,8 +31,8 @@ class AffineGrid:
 
     With granularity "tensor" the scale is [1, 1], with "channel" [O, 1]. Codes are signed (-8 .. 7 at 4 bits), and so
     are the zero points. Only the observer "mse" heeds importance and signed_scale. signed_scale lets a scale be
-    negative, so that the one code without a partner can serve either sign; None means where readers are known to take
-    it, at 2 and 3 bits. The squared error of Gaussian groups of 128 falls by 10 % at 2 bits and by 8 % at 4.
+    negative, so that the one code without a partner can serve either sign; None means where it pays, up to 4 bits.
+    Readers multiply by the scale, whatever its sign; transformers was seen to. The squared error of Gaussian groups of 128 falls by 10 % at 2 bits and by 8 % at 4.
     Raises UnsupportedError for observer "kl" with groups.
     """
 
@@ -197,7 +197,7 @@ class AffineGrid:
         return {part: torch.where(worse, plain[part], searched[part]) for part in searched}
 
     def _signed(self) -> bool:
-        return self.bits <= 3 if self.signed_scale is None else self.signed_scale
+        return self.bits <= 4 if self.signed_scale is None else self.signed_scale
 
     def _errors(self, weight_OI: Tensor, importance: Tensor | None, params: Mapping[str, Tensor]) -> Tensor:
         """The weighted squared error f64 of rounding to nearest, in the shape of the scale."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from quantkernels import ggml
 from torch import Tensor
 
 from converter.architecture import Architecture
@@ -15,6 +14,7 @@ from converter.containers.gguf.family import family_of
 from converter.containers.gguf.header import Head, Stored, read_head
 from converter.containers.gguf.tensors import Named, named, undo_operation
 from converter.errors import SourceError
+from quantkernels import ggml
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,8 @@ from typing import Any
 
 from converter.errors import UnsupportedError
 
+ELSEWHERE = "Choose format: compressed-tensors or parquet for this model"
+
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 CONTRACTIONS_SPELLED = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -95,7 +97,7 @@ def recognise(tokenizer: Mapping[str, Any], cleans: bool, where: str) -> str:
     for normalizer in _flatten(tokenizer.get("normalizer"), "normalizers"):
         if normalizer.get("type") not in HARMLESS_NORMALIZERS:
             what = f"the tokenizer normalizes text ({normalizer.get('type')}), which readers of GGUF do not"
-            raise UnsupportedError(where, what, "Choose format: compressed-tensors or parquet for this model")
+            raise UnsupportedError(where, what, ELSEWHERE)
     steps = splits(tokenizer, where)
     model = tokenizer["model"]
     whole_words = bool(model.get("ignore_merges", False))
@@ -103,12 +105,13 @@ def recognise(tokenizer: Mapping[str, Any], cleans: bool, where: str) -> str:
     if not alike:
         raise _unknown(steps, where)
     same = [row for row in alike if row.whole_words == whole_words]
-    if not same and unreachable(model) is not None:
+    stranded = None if same else unreachable(model)
+    if stranded is not None:
         what = (
             f"the tokenizer splits like '{alike[0].name}' but {'takes' if whole_words else 'does not take'} whole "
-            f"words before merging, and its merges do not lead to the token '{unreachable(model)}'"
+            f"words before merging, and its merges do not lead to the token '{stranded}'"
         )
-        raise UnsupportedError(where, what, "Choose format: compressed-tensors or parquet for this model")
+        raise UnsupportedError(where, what, ELSEWHERE)
     return min(same or alike, key=lambda row: row.cleans != cleans).name
 
 
@@ -126,7 +129,7 @@ def splits(tokenizer: Mapping[str, Any], where: str) -> tuple[str, ...]:
                 found.append(GPT2)
         else:
             what = f"the pre-tokenizer has a step that readers of GGUF do not know: {_shorten(step)}"
-            raise UnsupportedError(where, what, "Choose format: compressed-tensors or parquet for this model")
+            raise UnsupportedError(where, what, ELSEWHERE)
     return tuple(found)
 
 
@@ -164,7 +167,7 @@ def _unknown(steps: tuple[str, ...], where: str) -> UnsupportedError:
         f"the tokenizer splits text by a pattern that llama.cpp has no name for: {_shorten(asked, 400)}; "
         f"the nearest is '{table[near[0]]}': {_shorten(near[0], 400)}"
     )
-    return UnsupportedError(where, what, "Choose format: compressed-tensors or parquet for this model")
+    return UnsupportedError(where, what, ELSEWHERE)
 
 
 def pairs(merges: Sequence[str | Sequence[str]]) -> list[tuple[str, str]]:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import gguf
 import torch
-from quantkernels.ggml import TYPES
 from torch import Tensor
 
 from converter.architecture import Architecture
@@ -30,6 +29,7 @@ from converter.errors import SourceError, UnsupportedError
 from converter.grids.ggml import GgmlGrid
 from converter.manifest import Target
 from converter.source import Snapshot, tied
+from quantkernels.ggml import TYPES
 
 # Buffers that older checkpoints carry along; every reader computes them anew.
 COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$")

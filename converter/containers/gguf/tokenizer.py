@@ -15,15 +15,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from converter.containers.gguf.header import Field, boolean, f32s, i32s, string, strings, u32
-from converter.containers.gguf.pretokenizer import is_byte_level, pairs, recognise
+from converter.containers.gguf.pretokenizer import ELSEWHERE, is_byte_level, pairs, recognise
 from converter.errors import SourceError, UnsupportedError
 
 SPACE = "\u2581"  # how SentencePiece writes a space
-ELSEWHERE = "Choose format: compressed-tensors or parquet for this model"
 # Readers treat these as control tokens whatever the file says, and warn about it.
 LOOKS_SPECIAL = re.compile(
     r"<\|.*\|>|<｜.*｜>|<(unused\d+|pad|mask|start_of_turn|end_of_turn)>|\[/?(INST|PAD|CLS|SEP)\]"
@@ -183,7 +183,9 @@ def scores(model: Mapping[str, Any], tokens: list[str], kinds: list[Kind], where
     """Scores that make SentencePiece's rule, join the pair whose token scores highest, follow the merges.
 
     The rule knows tokens only, so it is the same exactly when every pair that makes a token is a merge and all merges
-    that make a token stand together. Raises UnsupportedError when a merge list says otherwise.
+    that make a token stand together. A token that no merge makes is scored by its id, as SentencePiece does: conversions
+    of Llama's tokenizer lost the merges of the one token whose score was zero, and its own reader joins them.
+    Raises UnsupportedError when a merge list says otherwise.
     """
     merges = pairs(model["merges"])
     made: dict[str, int] = {}
@@ -195,17 +197,20 @@ def scores(model: Mapping[str, Any], tokens: list[str], kinds: list[Kind], where
             raise UnsupportedError(where, what, ELSEWHERE)
         made.setdefault(token, len(made))
         last = token
+    ids = {token: number for number, token in enumerate(tokens)}
+    by_id = all(ids[first] < ids[second] for first, second in pairwise(made))
     known, listed = set(model["vocab"]), set(merges)
     for token, kind in zip(tokens, kinds, strict=True):
-        if kind != Kind.NORMAL:
+        if kind != Kind.NORMAL or (by_id and token not in made):
             continue
         for cut in range(1, len(token)):
             pair = (token[:cut], token[cut:])
             if pair[0] in known and pair[1] in known and pair not in listed:
                 what = f"'{pair[0]}' and '{pair[1]}' are never merged to '{token}', but readers of GGUF would"
                 raise UnsupportedError(where, what, ELSEWHERE)
+    ranks = ids if by_id else made
     return [
-        float(-made[token]) if token in made else -1e9 if kind == Kind.NORMAL else 0.0
+        float(-ranks[token]) if kind == Kind.NORMAL and token in ranks else 0.0
         for token, kind in zip(tokens, kinds, strict=True)
     ]
 
