@@ -198,7 +198,7 @@ def look_once(repo: str, kind: Kind, revision: str, cache: Path, endpoint: str |
         known = Remote(
             repo=repo, kind=kind, commit=revision, sizes={}, checksums={}, endpoint=api.endpoint, token=token
         )
-        with suppress(OSError, ValueError, KeyError):
+        with suppress(OSError, ValueError, KeyError, TypeError):
             listing = json.loads((known.folder(cache) / LISTING).read_text("utf-8"))
             return replace(known, sizes=listing["sizes"], checksums=listing["checksums"])
     remote = look(repo, kind, revision, endpoint, token)

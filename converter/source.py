@@ -59,6 +59,7 @@ WEIGHTS = (
     *PICKLED,
     ".safetensors",
     ".gguf",
+    ".parquet",
     ".onnx",
     ".onnx_data",
     ".h5",

@@ -253,7 +253,7 @@ def finish(attempt: Attempt) -> None:
     files = {item["path"]: assembled / item["path"] for item in store.record(work.assembled)["files"]}
     row = row_of(store, work)
     row["files"] = store.record(work.assembled)["files"]
-    text = card.card_text(row, model.snapshot, work.target, work.repo, work.texts.calibration)
+    text = card.card_text(row, model.snapshot, work.target, work.repo, work.texts.calibration, work.texts.evaluation)
     final = store.run / model.name / work.target.name
     place(files, {"README.md": text}, final, attempt.store.work / "attempts")
     attempt.record["row"] = row | {"files": list_files(final)}

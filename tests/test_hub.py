@@ -186,7 +186,7 @@ def test_wait_is_the_one_that_the_hub_names(
         ),
         ("GET", "/api/models/", 429, {}, r"slow down \(429\)", "five minutes"),
         ("GET", "/api/models/", 503, {}, r"\(503\)", "later"),
-        ("GET", WEIGHTS, 404, {"X-Error-Code": "EntryNotFound"}, "is gone", "Resolve"),
+        ("GET", WEIGHTS, 404, {"X-Error-Code": "EntryNotFound"}, "is gone", "Run it again"),
         ("GET", WEIGHTS, 403, {"X-Error-Code": "GatedRepo"}, "gated", "Accept its terms"),
     ],
 )

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from converter.calibration import digest
+from converter.manifest import load
 from hub_server import WRITER, HubServer, hub_server
+from jobs.planner import Work
+from jobs.prepare import prepare
+from jobs.steps import text_rows
+from jobs.store import Store
 from small_run import ROOT, TARGETS, write_model
 
 __all__ = ["hub_server"]  # a fixture
@@ -102,3 +113,89 @@ def test_the_plan_reads_headers_only(hub_server: HubServer, manifest: Path, tmp_
     assert jobs["small/q8-0"]["exact"]
     assert {tensor["type"] for tensor in jobs["small/q8-0"]["tensors"]} == {"Q8_0", "F32"}
     assert all(entry.range for entry in hub_server.requests("GET", r"\.safetensors$"))
+
+
+DATA_SETS = """
+name: sets
+models: [{{source: hub:owner/small}}]
+targets:
+  q4-k-m: {q4}
+  int8: {int8}
+calibration: {{text: "hub:org/pages#page", sequences: 4, length: 64}}
+evaluation: {{text: hub:org/talks#messages, sequences: 2, length: 64}}
+"""
+
+
+def add_pages(server: HubServer, word: str) -> str:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"page": [f"{word} {n} stands on this page" for n in range(500)]}), file)
+    return server.add("org/pages", {"data/train-00000.parquet": file.getvalue()}, kind="datasets")
+
+
+def add_talks(server: HubServer) -> str:
+    talks = [[{"role": "user", "content": f"What is {n} and {n}?"}] for n in range(100)]
+    lines = "\n".join(json.dumps({"messages": talk}) for talk in talks)
+    return server.add("org/talks", {"train.jsonl": b"{}", "test.jsonl": lines.encode()}, kind="datasets")
+
+
+@pytest.fixture
+def data_sets(hub_server: HubServer, manifest: Path) -> Path:
+    manifest.write_text(DATA_SETS.format(q4=TARGETS["q4-k-m"], int8=TARGETS["int8"]))
+    return manifest
+
+
+def test_text_from_data_sets_is_pinned_in_the_lock_and_followed(
+    hub_server: HubServer, data_sets: Path, tmp_path: Path
+) -> None:
+    pages, talks = add_pages(hub_server, "Nothing"), add_talks(hub_server)
+    arguments = ("convert", data_sets, "--out", tmp_path / "out", "--json")
+    first = hubmill(hub_server, *arguments)
+    assert first.returncode == 0, first.stdout + first.stderr
+    run = tmp_path / "out" / "sets"
+    texts = {"calibration": f"hub:org/pages@{pages}#page", "evaluation": f"hub:org/talks@{talks}#messages"}
+    for name, content in (
+        ("lock", yaml.safe_load((run / "manifest.lock.yaml").read_text())),
+        ("comparison", json.loads((run / "comparison.json").read_text())["texts"]),
+    ):
+        assert {part: content[part]["text"] for part in texts} == texts, name
+    assert len(hub_server.requests("GET", r"/datasets/org/pages/resolve/")) == 1, "all tasks read the same file"
+
+    newer = add_pages(hub_server, "Everything")
+    assert newer != pages
+    again = hubmill(hub_server, *arguments)
+    done = {json.loads(line)["task"] for line in again.stdout.splitlines() if '"done"' in line}
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert any("calibrate" in task for task in done) and not any("reference" in task for task in done)
+    assert newer in (run / "manifest.lock.yaml").read_text()
+
+
+def test_tasks_read_the_commit_that_was_planned(
+    hub_server: HubServer, data_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub_server.url)
+    add_pages(hub_server, "Nothing")
+    add_talks(hub_server)
+    written, store = load(data_sets), Store(run=tmp_path / "run")
+    prepared = prepare(written, written.jobs(), store, 1, "cpu")
+    assert not prepared.problems
+    add_pages(hub_server, "Everything")
+    works = [task.work for task in prepared.plan.graph.tasks.values()]
+    assert works
+    for work in works:
+        assert isinstance(work, Work)
+        rows = text_rows(work.texts.calibration, work.model.snapshot.folder, "small", store.downloads)
+        assert digest(rows) == work.texts.calibration_sha256
+    assert prepare(written, written.jobs(), store, 1, "cpu").plan.graph.tasks.keys() != prepared.plan.graph.tasks.keys()
+
+
+def test_a_data_set_that_is_missing_refuses_every_job_that_needs_it(
+    hub_server: HubServer, data_sets: Path, tmp_path: Path
+) -> None:
+    add_pages(hub_server, "Nothing")
+    planned = hubmill(hub_server, "plan", data_sets, "--out", tmp_path / "out")
+    assert planned.returncode == 3, planned.stderr
+    assert "shows no datasets/org/talks" in planned.stderr
+    hub_server.add("org/talks", {"a.jsonl": b'{"message": "hi"}'}, kind="datasets")
+    planned = hubmill(hub_server, "plan", data_sets, "--out", tmp_path / "out")
+    assert planned.returncode == 3, planned.stderr
+    assert "Did you mean #message?" in planned.stderr

@@ -229,7 +229,7 @@ def _figures(row: Mapping[str, Any], evaluation: Evaluation | None) -> str:
 
 
 def _how_made(row: Mapping[str, Any], target: Target, calibration: Calibration) -> str:
-    """Format, scheme, method with its settings, calibration, and what it took."""
+    """Format, scheme, method with its settings, calibration; not the time, so the same work gives the same card."""
     methods = [f"{code(name)}: {METHODS[name]}" if name in METHODS else code(name) for name in row["method"]]
     facts = [("format", f"{code(target.format)}, {code(row['scheme'])}" if row.get("scheme") else code(target.format))]
     facts.append(("method", "; then ".join(methods)))
@@ -245,8 +245,6 @@ def _how_made(row: Mapping[str, Any], target: Target, calibration: Calibration) 
     facts += [("exception", f"{code(rule.pattern)} as {code(rule.type)}") for rule in target.rules]
     if target.imatrix or set(row["method"]) - {"rtn"}:
         facts.append(("calibration", plain(wording.rows_of(calibration.model_dump(), "calibration"))))
-    took = f"{wording.duration(row['seconds'])}, {wording.bytes_text(row['peak_rss_bytes'])} of memory at the peak"
-    facts.append(("took", took))
     return "\n".join(["## How it was made", "", *[f"- {name}: {value}" for name, value in facts], ""])
 
 

@@ -229,9 +229,9 @@ def read_head(path: Path) -> Head:
         for _ in range(field_count):
             key = cursor.text()
             fields[key] = cursor.field()
-        alignment = int(fields["general.alignment"].value) if "general.alignment" in fields else ALIGNMENT
-        if alignment < 1:
-            raise cursor.fail(f"the header declares an alignment of {alignment} bytes")
+        alignment = fields["general.alignment"].value if "general.alignment" in fields else ALIGNMENT
+        if not isinstance(alignment, int) or alignment < 1:
+            raise cursor.fail(f"the header declares an alignment of {alignment!r} bytes")
         tensors = [_tensor(cursor) for _ in range(tensor_count)]
         start = -(-cursor.position // alignment) * alignment
         _check_places(tensors, len(data) - start, cursor)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gguf
 import torch
@@ -24,7 +24,7 @@ from converter.architecture import Architecture
 from converter.containers import TensorPlan
 from converter.containers.gguf.family import Family, modules_of
 from converter.containers.gguf.header import size_of
-from converter.containers.gguf.mixture import MIXTURES, Mixture, Place, fit, is_quantized, type_in_block
+from converter.containers.gguf.mixture import MIXTURES, Place, fit, is_quantized, type_in_block
 from converter.errors import SourceError, UnsupportedError
 from converter.grids.ggml import GgmlGrid
 from converter.manifest import Target
@@ -80,10 +80,17 @@ def plan_tensors(
     that GGUF's graph of this family has no place for.
     """
     where = f"{snapshot.repo} (target {target.name})"
-    mixture = MIXTURES[target.type or ""]
     head = f"{architecture.head}.weight"
     without_head = tied(snapshot.config, snapshot.tensors, head)
     check_types(target, where)
+    everywhere = Place(
+        layer=0,
+        layers=integers["block_count"],
+        heads=integers["attention.head_count"],
+        kv_heads=integers["attention.head_count_kv"],
+        imatrix=target.imatrix,
+        architecture=family.architecture,
+    )
     plans: list[TensorPlan] = []
     for tensor in named(family, architecture, integers["block_count"], integers):
         header = snapshot.tensors.get(tensor.source)
@@ -94,7 +101,8 @@ def plan_tensors(
             raise SourceError(where, what, "Check config.json, and that the download is whole")
         check_shape(tensor, header.shape, integers, where)
         block = architecture.block_of(tensor.source)
-        type, fallback = choose(tensor, header.shape, mixture, target, block, integers, family, without_head)
+        spot = None if block is None else replace(everywhere, layer=block)
+        type, fallback = choose(tensor, header.shape, target, spot, without_head)
         plans.append(
             TensorPlan(
                 name=tensor.name,
@@ -134,31 +142,20 @@ def check_types(target: Target, where: str) -> None:
 
 
 def choose(
-    tensor: Named,
-    shape: tuple[int, ...],
-    mixture: Mixture,
-    target: Target,
-    block: int | None,
-    integers: Mapping[str, int],
-    family: Family,
-    without_head: bool,
+    tensor: Named, shape: tuple[int, ...], target: Target, spot: Place | None, without_head: bool
 ) -> tuple[str, str]:
-    """The ggml type to store a tensor as, and why it is not the one asked for: rules, else mixture, then what fits."""
+    """The ggml type to store a tensor as, and why it is not the one asked for: rules, else mixture, then what fits.
+
+    spot is the tensor's place among the blocks, None outside of them; without_head: the embedding serves as the head.
+    """
     if len(shape) < 2 or tensor.norm or not tensor.source.endswith(".weight"):
         return "F32", ""
+    mixture = MIXTURES[target.type or ""]
     rule = target.rule_for(tensor.source)
     if rule is not None:
         type = rule.type
-    elif block is not None:
-        place = Place(
-            layer=block,
-            layers=integers["block_count"],
-            heads=integers["attention.head_count"],
-            kv_heads=integers["attention.head_count_kv"],
-            imatrix=target.imatrix,
-            architecture=family.architecture,
-        )
-        type = type_in_block(mixture, tensor.name, place)
+    elif spot is not None:
+        type = type_in_block(mixture, tensor.name, spot)
     else:
         type = mixture.embedding if tensor.name == "token_embd.weight" and not without_head else mixture.output
     return fit(type, shape[-1])

@@ -59,11 +59,20 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any], rows: int, where: 
     of GGUF have no way to split text as it does.
     """
     files = read_files(folder, config, where)
-    tokens, kinds = vocabulary(files, rows, where)
+    try:
+        return definition_fields(files, rows, where)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # of JSON laid out in another way
+        what = f"tokenizer.json is not laid out as the tokenizers library does: {type(error).__name__}: {error}"
+        raise SourceError(where, what, "Save the tokenizer again") from error
+
+
+def definition_fields(files: Files, rows: int, where: str) -> dict[str, Field]:
+    """See tokenizer_fields."""
     model = files.tokenizer["model"]
     if model.get("type", "BPE") != "BPE" or model.get("end_of_word_suffix") or model.get("continuing_subword_prefix"):
         what = f"the tokenizer's model is {model.get('type')}, and only plain BPE is stored in GGUF"
         raise UnsupportedError(where, what, ELSEWHERE)
+    tokens, kinds = vocabulary(files, rows, where)
     fields: dict[str, Field] = {}
     if is_byte_level(files.tokenizer):
         cleans = bool(files.settings.get("clean_up_tokenization_spaces", False))
@@ -75,14 +84,11 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any], rows: int, where: 
         fields["tokenizer.ggml.pre"] = string("default")
         fields["tokenizer.ggml.add_space_prefix"] = boolean(space_prefix(files.tokenizer, where))
         fields["tokenizer.ggml.scores"] = f32s(scores(model, tokens, kinds, where))
-        kinds = [
-            Kind.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else kind
-            for token, kind in zip(tokens, kinds, strict=True)
-        ]
-        tokens = [
-            token.replace(SPACE, " ") if kind == Kind.USER_DEFINED else token
-            for token, kind in zip(tokens, kinds, strict=True)
-        ]
+        for number, token in enumerate(tokens):
+            if re.fullmatch("<0x[0-9A-F]{2}>", token):
+                kinds[number] = Kind.BYTE
+            if kinds[number] == Kind.USER_DEFINED:
+                tokens[number] = token.replace(SPACE, " ")
     else:
         what = "the tokenizer is BPE neither over bytes nor with byte fallback, which readers of GGUF do not know"
         raise UnsupportedError(where, what, ELSEWHERE)
@@ -183,8 +189,8 @@ def scores(model: Mapping[str, Any], tokens: list[str], kinds: list[Kind], where
     """Scores that make SentencePiece's rule, join the pair whose token scores highest, follow the merges.
 
     The rule knows tokens only, so it is the same exactly when every pair that makes a token is a merge and all merges
-    that make a token stand together. A token that no merge makes is scored by its id, as SentencePiece does: conversions
-    of Llama's tokenizer lost the merges of the one token whose score was zero, and its own reader joins them.
+    that make a token stand together. A token that no merge makes is scored by its id, as SentencePiece does:
+    conversions of Llama's tokenizer lost the merge of the one token whose score was zero, and its own reader has it.
     Raises UnsupportedError when a merge list says otherwise.
     """
     merges = pairs(model["merges"])
