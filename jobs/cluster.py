@@ -8,6 +8,7 @@ outcome, so Ray's own retries are left for what they are good at: a worker or a 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -32,10 +33,12 @@ class RayExecutor:
         # directory that later changes how other clusters start; both are read from the environment alone.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        self._folder = ""
         settings: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
         if address is None:
             settings |= {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False}
-            settings |= {"object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": _short_folder()}
+            self._folder = tempfile.mkdtemp(prefix="hubmill-", dir="/tmp")  # a socket's path stays under 107 characters
+            settings |= {"object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": self._folder}
             address = "local"
         try:
             ray.init(address=address, runtime_env={"env_vars": _worker_environment()}, **settings)
@@ -84,11 +87,8 @@ class RayExecutor:
         # whole process when one of them ended at that moment (ray 2.60).
         self._running = {}
         ray.shutdown()
-
-
-def _short_folder() -> str:
-    """A folder for Ray's sockets: their names must stay under 107 characters, whatever TMPDIR says."""
-    return tempfile.mkdtemp(prefix="hubmill-", dir="/tmp" if sys.platform != "win32" else None)
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _worker_environment() -> dict[str, str]:

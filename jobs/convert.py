@@ -284,7 +284,7 @@ def _row(store: Store, job: Job, prepared: Prepared, state: Progress) -> dict[st
 
 
 def write_comparison(run: Run, rows: Sequence[dict[str, Any]], measured: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write comparison.json, the two Parquet tables and the report into the run's folder."""
+    """Write comparison.json, the two Parquet tables, the report and its picture into the run's folder."""
     folder = run.store.run
     sources = _sources(run.manifest, rows)
     texts = {
@@ -304,6 +304,7 @@ def write_comparison(run: Run, rows: Sequence[dict[str, Any]], measured: Mapping
     tables.write_table(tables.artifact_table(rows), folder / "comparison.parquet")
     tables.write_table(tables.tensor_table(tensors), folder / "tensors.parquet")
     write_text(folder / "report.html", report.report_html(content, tensors, blocks))
+    write_text(folder / "comparison.svg", report.comparison_svg(content))
     write_json(folder / "comparison.json", content)
 
 

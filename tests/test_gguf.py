@@ -396,6 +396,27 @@ def test_sentencepiece_scores_follow_the_merges(tmp_path: Path) -> None:
     assert ranks == sorted(ranks, reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"normalizer": None}, "keeps spaces"),
+        ({"normalizer": {"type": "NFKC"}}, "NFKC"),
+        ({"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "split": True}}, "splits at every space"),
+    ],
+)
+def test_a_way_to_prepare_text_that_sentencepiece_has_not_is_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    tokenizer = tiny.sentencepiece()
+    vocabulary = tokenizer.get_vocab()
+    tiny.save_tokenizer(tokenizer, tmp_path, unk_token="<unk>")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"]["a▁b"] = max(vocabulary.values()) + 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | changes))
+    with pytest.raises(UnsupportedError, match=words):
+        fields_of(tmp_path)
+
+
 def test_merges_that_scores_cannot_say_are_refused(tmp_path: Path) -> None:
     tiny.save_tokenizer(tiny.sentencepiece(), tmp_path, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]

@@ -87,7 +87,7 @@ SPLITTINGS = (
 
 def is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
     """Whether tokenizer.json splits into bytes written as letters, as GPT-2 does."""
-    return any(step.get("type") == "ByteLevel" for step in _flatten(tokenizer.get("pre_tokenizer"), "pretokenizers"))
+    return any(step.get("type") == "ByteLevel" for step in flatten(tokenizer.get("pre_tokenizer"), "pretokenizers"))
 
 
 def recognise(tokenizer: Mapping[str, Any], cleans: bool, where: str) -> str:
@@ -96,7 +96,7 @@ def recognise(tokenizer: Mapping[str, Any], cleans: bool, where: str) -> str:
     cleans: whether tokenizer_config.json asks for cleaned up spaces; it only decides between names that split alike.
     Raises UnsupportedError, with the pattern and the nearest known name, when llama.cpp has no such splitting.
     """
-    for normalizer in _flatten(tokenizer.get("normalizer"), "normalizers"):
+    for normalizer in flatten(tokenizer.get("normalizer"), "normalizers"):
         if normalizer.get("type") not in HARMLESS_NORMALIZERS:
             what = f"the tokenizer normalizes text ({normalizer.get('type')}), which readers of GGUF do not"
             raise UnsupportedError(where, what, ELSEWHERE)
@@ -120,7 +120,7 @@ def recognise(tokenizer: Mapping[str, Any], cleans: bool, where: str) -> str:
 def splits(tokenizer: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """The patterns that the pre-tokenizer splits by, in turn, each in its canonical spelling."""
     found: list[str] = []
-    for step in _flatten(tokenizer.get("pre_tokenizer"), "pretokenizers"):
+    for step in flatten(tokenizer.get("pre_tokenizer"), "pretokenizers"):
         kind = step.get("type")
         if kind == "Split" and _isolates(step):
             found.append(_canonical(step["pattern"]))
@@ -130,7 +130,7 @@ def splits(tokenizer: Mapping[str, Any], where: str) -> tuple[str, ...]:
             if step.get("use_regex", True):
                 found.append(GPT2)
         else:
-            what = f"the pre-tokenizer has a step that readers of GGUF do not know: {_shorten(step)}"
+            what = f"the pre-tokenizer has a step that readers of GGUF do not know: {shorten(step)}"
             raise UnsupportedError(where, what, ELSEWHERE)
     return tuple(found)
 
@@ -148,15 +148,17 @@ def _canonical(pattern: Mapping[str, str]) -> str:
     return text.replace(CONTRACTIONS_SPELLED, CONTRACTIONS)
 
 
-def _flatten(part: Mapping[str, Any] | None, children: str) -> Sequence[Mapping[str, Any]]:
+def flatten(part: Mapping[str, Any] | None, children: str) -> Sequence[Mapping[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, those of nested sequences (under `children`) in line."""
     if part is None:
         return []
     if part.get("type") == "Sequence":
-        return [step for child in part[children] for step in _flatten(child, children)]
+        return [step for child in part[children] for step in flatten(child, children)]
     return [part]
 
 
-def _shorten(value: object, limit: int = 200) -> str:
+def shorten(value: object, limit: int = 200) -> str:
+    """`value` as text of at most `limit` letters."""
     text = str(value)
     return text if len(text) <= limit else text[:limit] + "…"
 
@@ -166,8 +168,8 @@ def _unknown(steps: tuple[str, ...], where: str) -> UnsupportedError:
     asked = " then ".join(steps)
     near = difflib.get_close_matches(asked, table, n=1, cutoff=0)
     what = (
-        f"the tokenizer splits text by a pattern that llama.cpp has no name for: {_shorten(asked, 400)}; "
-        f"the nearest is '{table[near[0]]}': {_shorten(near[0], 400)}"
+        f"the tokenizer splits text by a pattern that llama.cpp has no name for: {shorten(asked, 400)}; "
+        f"the nearest is '{table[near[0]]}': {shorten(near[0], 400)}"
     )
     return UnsupportedError(where, what, ELSEWHERE)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.containers.gguf.header import Field, boolean, f32s, i32s, string, strings, u32
-from converter.containers.gguf.pretokenizer import ELSEWHERE, is_byte_level, pairs, recognise
+from converter.containers.gguf.pretokenizer import ELSEWHERE, flatten, is_byte_level, pairs, recognise, shorten
 from converter.errors import SourceError, UnsupportedError
 
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -166,23 +166,39 @@ def vocabulary(files: Files, rows: int, where: str) -> tuple[list[str], list[Kin
 
 
 def space_prefix(tokenizer: Mapping[str, Any], where: str) -> bool:
-    """Whether a space is put before the text; raises UnsupportedError for what SentencePiece does not do."""
-    text = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")], ensure_ascii=False)
-    known = {"Sequence", "Prepend", "Replace", "Metaspace", "Split"}
-    steps = set(re.findall(r'"type": "(\w+)"', text))
-    if not steps <= known or ('"Metaspace"' not in text and '"Replace"' not in text):
-        what = f"the tokenizer prepares text by {', '.join(sorted(steps)) or 'nothing'}, which readers of GGUF do not"
-        raise UnsupportedError(where, what, ELSEWHERE)
-    if '"Metaspace"' in text and '"split": true' in text:
-        inner = [
-            token for token in tokenizer["model"]["vocab"] if SPACE in token.lstrip(SPACE) or token.count(SPACE) > 1
-        ]
-        if inner:
-            what = (
-                f"the tokenizer never merges across spaces but has the token '{inner[0]}'; readers of GGUF would use it"
-            )
+    """Whether a space is put before the text; raises UnsupportedError for what SentencePiece does not do.
+
+    Spaces become U+2581, by a normalizer (Replace, after which a Split at spaces finds none) or by Metaspace.
+    """
+    steps = [*flatten(tokenizer.get("normalizer"), "normalizers")]
+    steps += flatten(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    replaces = prefix = False
+    for step in steps:
+        kind, at_spaces = step.get("type"), step.get("pattern") == {"String": " "}
+        if kind == "Metaspace" and step.get("replacement", SPACE) == SPACE:
+            replaces = True
+            prefix = prefix or step.get("prepend_scheme", "always") != "never"
+            if step.get("split", True):
+                check_no_inner_spaces(tokenizer["model"]["vocab"], where)
+        elif kind == "Replace" and at_spaces and step.get("content") == SPACE:
+            replaces = True
+        elif kind == "Prepend" and step.get("prepend") == SPACE:
+            prefix = True
+        elif not (kind == "Split" and at_spaces and replaces):
+            what = f"the tokenizer prepares text by a step that readers of GGUF do not know: {shorten(step)}"
             raise UnsupportedError(where, what, ELSEWHERE)
-    return '"Prepend"' in text or ('"Metaspace"' in text and '"prepend_scheme": "never"' not in text)
+    if not replaces:
+        what = "the tokenizer has byte fallback but keeps spaces as they are, which readers of GGUF do not"
+        raise UnsupportedError(where, what, ELSEWHERE)
+    return prefix
+
+
+def check_no_inner_spaces(vocabulary: Iterable[str], where: str) -> None:
+    """Raise UnsupportedError when a token spans words: the tokenizer never makes it, but readers of GGUF would."""
+    for token in vocabulary:
+        if SPACE in token[1:]:
+            what = f"the tokenizer splits at every space but has the token '{token}', which readers of GGUF would use"
+            raise UnsupportedError(where, what, ELSEWHERE)
 
 
 def scores(model: Mapping[str, Any], tokens: list[str], kinds: list[Kind], where: str) -> list[float]:
