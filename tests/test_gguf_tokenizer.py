@@ -1,0 +1,169 @@
+"""A tokenizer becomes GGUF metadata: its way of splitting is recognised or refused, nothing of it is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gguf_models as tiny
+from converter.containers.gguf.pretokenizer import GPT2, LLAMA3, QWEN2, SPLITTINGS, recognise, splits
+from converter.containers.gguf.tokenizer import tokenizer_fields
+from converter.errors import UnsupportedError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny.save_tokenizer(tiny.byte_level(), tmp_path, bos_token="<|endoftext|>", eos_token="<|im_end|>")
+    return tmp_path
+
+
+def pieces(steps: tuple[str, ...]) -> list[Any]:
+    splitter = tiny.byte_level(steps, size=300).pre_tokenizer
+    return [piece for piece, _ in splitter.pre_tokenize_str(tiny.HARD_TEXT)]
+
+
+def test_the_hard_text_tells_all_splittings_apart() -> None:
+    # Otherwise the agreement with llama.cpp on this text, in test_gguf_consumer, would prove nothing.
+    different = {row.steps for row in SPLITTINGS}
+    assert len({tuple(pieces(steps)) for steps in different}) == len(different)
+
+
+def definition(*steps: dict[str, Any], **model: Any) -> dict[str, Any]:
+    start = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": list(steps)}, "model": start | model}
+
+
+def split(pattern: str, behavior: str = "Isolated", invert: bool = False) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+GPT2_BYTES = BYTES | {"use_regex": True}
+
+
+def test_a_pre_tokenizer_is_recognised_however_it_is_written() -> None:
+    spelled = LLAMA3.replace(
+        "(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+    )
+    assert spelled != LLAMA3
+    for written in (split(LLAMA3), split(spelled), split(LLAMA3, "Removed", True)):
+        assert recognise(definition(written, BYTES, ignore_merges=True), True, "t") == "llama-bpe"
+    assert recognise({**definition(), "pre_tokenizer": GPT2_BYTES}, True, "t") == "gpt-2"
+    digits = {"type": "Digits", "individual_digits": True}
+    assert recognise(definition(digits, GPT2_BYTES), False, "t") == "smollm"
+    nfc = {"normalizer": {"type": "NFC"}, **definition(split(QWEN2), BYTES)}
+    assert recognise(nfc, False, "t") == "qwen2"
+    assert splits(definition(split(QWEN2), GPT2_BYTES), "t") == (QWEN2, GPT2)
+
+
+def test_skipping_merges_decides_only_when_merges_do_not_reach_a_token() -> None:
+    assert recognise(definition(split(QWEN2), BYTES, ignore_merges=True), False, "t") == "qwen2"
+    stranded = definition(split(QWEN2), BYTES, ignore_merges=True, vocab={"a": 0, "b": 1, "ba": 2})
+    with pytest.raises(UnsupportedError, match="'ba'"):
+        recognise(stranded, False, "t")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (definition(split(QWEN2.replace(r"\p{N}", r"\p{N}{1,2}", 1)), BYTES), r"\\p\{N\}\{1,2\}.*the nearest is '"),
+        (definition(split(QWEN2), BYTES | {"add_prefix_space": True}), "add_prefix_space"),
+        (definition({"type": "WhitespaceSplit"}, BYTES), "WhitespaceSplit"),
+        (definition(split(QWEN2, "MergedWithNext"), BYTES), "MergedWithNext"),
+        ({**definition(split(QWEN2), BYTES), "normalizer": {"type": "Lowercase"}}, "Lowercase"),
+    ],
+)
+def test_an_unknown_way_of_splitting_is_refused_with_its_pattern(content: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedError, match=words):
+        recognise(content, False, "t")
+
+
+def fields_of(folder: Path, rows: int = 1024) -> dict[str, Any]:
+    return {key: field.value for key, field in tokenizer_fields(folder, {"eos_token_id": [2, 1]}, rows, "t").items()}
+
+
+def test_ids_without_a_token_are_padded_and_marked_unused(folder: Path) -> None:
+    fields = fields_of(folder)
+    used = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+    assert len(fields["tokenizer.ggml.tokens"]) == len(fields["tokenizer.ggml.token_type"]) == 1024
+    assert fields["tokenizer.ggml.tokens"][used:] == tuple(f"[PAD{i}]" for i in range(used, 1024))
+    assert set(fields["tokenizer.ggml.token_type"][used:]) == {5}
+    assert fields["tokenizer.ggml.token_type"][:4] == (3, 3, 3, 1)
+
+
+def test_special_tokens_come_from_config_when_the_tokenizer_does_not_say(folder: Path) -> None:
+    tiny.edit_json(folder / "tokenizer_config.json", eos_token=None, bos_token=None)
+    fields = fields_of(folder)
+    assert fields["tokenizer.ggml.eos_token_id"] == 2 and "tokenizer.ggml.bos_token_id" not in fields
+
+
+def test_a_template_that_puts_a_token_first_makes_readers_add_it(folder: Path) -> None:
+    single = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+    tiny.edit_json(folder / "tokenizer.json", post_processor={"type": "Sequence", "processors": [BYTES, template]})
+    assert fields_of(folder)["tokenizer.ggml.add_bos_token"] is True
+    tiny.edit_json(folder / "tokenizer_config.json", add_bos_token=False)
+    assert fields_of(folder)["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_chat_templates_travel_by_name(folder: Path) -> None:
+    assert "tokenizer.chat_template" not in fields_of(folder)
+    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    tiny.edit_json(folder / "tokenizer_config.json", chat_template=named)
+    fields = fields_of(folder)
+    assert fields["tokenizer.chat_template"] == "D" and fields["tokenizer.chat_template.tool_use"] == "T"
+    (folder / "chat_template.jinja").write_text("{{ J }}")
+    assert fields_of(folder)["tokenizer.chat_template"] == "{{ J }}"
+
+
+def test_sentencepiece_scores_follow_the_merges(tmp_path: Path) -> None:
+    tiny.save_tokenizer(tiny.sentencepiece(), tmp_path, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fields = fields_of(tmp_path)
+    kinds, scores = fields["tokenizer.ggml.token_type"], fields["tokenizer.ggml.scores"]
+    assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.add_space_prefix"] is True
+    assert fields["tokenizer.ggml.add_bos_token"] is True
+    assert kinds[:3] == (2, 3, 3) and set(kinds[3:259]) == {6}
+    merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
+    ids = {token: number for number, token in enumerate(fields["tokenizer.ggml.tokens"])}
+    ranks = [scores[ids["".join(pair)]] for pair in merges]
+    assert ranks == sorted(ranks, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"normalizer": None}, "keeps spaces"),
+        ({"normalizer": {"type": "NFKC"}}, "NFKC"),
+        ({"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "split": True}}, "splits at every space"),
+    ],
+)
+def test_a_way_to_prepare_text_that_sentencepiece_has_not_is_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    tokenizer = tiny.sentencepiece()
+    vocabulary = tokenizer.get_vocab()
+    tiny.save_tokenizer(tokenizer, tmp_path, unk_token="<unk>")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"]["a▁b"] = max(vocabulary.values()) + 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | changes))
+    with pytest.raises(UnsupportedError, match=words):
+        fields_of(tmp_path)
+
+
+def test_merges_that_scores_cannot_say_are_refused(tmp_path: Path) -> None:
+    tiny.save_tokenizer(tiny.sentencepiece(), tmp_path, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    double = next(
+        i for i in range(1, len(model["merges"])) if "".join(model["merges"][i]) == "".join(model["merges"][i - 1])
+    )
+    incomplete = model["merges"][:double] + model["merges"][double + 1 :]
+    tiny.edit_json(tmp_path / "tokenizer.json", model=model | {"merges": incomplete})
+    with pytest.raises(UnsupportedError, match="never merged"):
+        fields_of(tmp_path)
+    scattered = [*incomplete, model["merges"][double]]
+    tiny.edit_json(tmp_path / "tokenizer.json", model=model | {"merges": scattered})
+    with pytest.raises(UnsupportedError, match="do not stand together"):
+        fields_of(tmp_path)
