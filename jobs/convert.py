@@ -109,7 +109,13 @@ def plan(run: Run) -> Ready:
     prepared = prepare(run.manifest, run.manifest.jobs(), run.store, here.cpus, run.device)
     graph = prepared.plan.graph
     done = finished(graph, run.store)
-    ends = [key for key, task in graph.tasks.items() if task.kind in ("finish", "publish") and task.subject in chosen]
+    models = {name.rpartition("/")[0] for name in chosen}
+    ends = [
+        key
+        for key, task in graph.tasks.items()
+        if (task.kind in ("finish", "publish") and task.subject in chosen)
+        or (task.kind == "imatrix" and task.subject in models)
+    ]
     needed = graph.needed(done, ends)
     problems = [error for key, error in prepared.problems.items() if key in chosen]
     reasons = [] if run.skip_unsupported and len(problems) < len(chosen) else problems
@@ -241,6 +247,8 @@ def finished(graph: Graph, store: Store) -> set[str]:
 
 
 def _whole(task: Task, store: Store) -> bool:
+    if task.kind == "imatrix":
+        return (store.run / task.subject / "imatrix.gguf").is_file()
     if not isinstance(task.work, Work) or task.work.target is None:
         return True
     if task.kind == "assemble":

@@ -1,6 +1,7 @@
 """From prepared jobs to the task graph, and to what it will take. Pure: no file, no clock, no network.
 
     fetch(model) -> calibrate(model, b) -> quantize(job, b) -> assemble(job) -> evaluate(job) -> finish(job)
+                    calibrate(model, last) -> imatrix(model)
     fetch(model) -> reference(model) -----------------------------------------> evaluate(job)    finish -> publish
 
 A job is one model in one target. Calibration runs once for a model with the union of the statistics that its targets
@@ -141,6 +142,11 @@ def _model_tasks(
     reference = _reference_task(work, fetch) if model.architecture else None
     if reference:
         yield reference
+    weighed = next((job for job in jobs if job.target.imatrix and job.target.format == "gguf"), None)
+    if weighed and calibrations:
+        last = calibrations[-1].key
+        work_of_imatrix = replace(work, artifact=weighed.artifact, calibrated=last)
+        yield Task(kind="imatrix", subject=model.name, spec={}, work=work_of_imatrix, reads=(last,))
     for job in jobs:
         yield from _artifact_tasks(manifest, job, work, fetch, quantize[job.subject], reference)
 

@@ -23,6 +23,7 @@ from converter import calibration, dataset, hub, tensor_file
 from converter.blocks import Decoder, tokenizer
 from converter.calibrate import calibrate_block
 from converter.compare import card, evaluation
+from converter.containers.gguf.imatrix import Sums, write_imatrix
 from converter.containers.tables import CONTAINERS
 from converter.errors import HubmillError
 from converter.manifest import Calibration, Evaluation, Target
@@ -31,7 +32,7 @@ from converter.methods.tables import ROUNDERS, TRANSFORMS
 from converter.publish import FolderHub, Hub
 from converter.stats import TapStats, pack, unpack
 from jobs.planner import Model, Work
-from jobs.store import Report, Store, file_sha256, place
+from jobs.store import Report, Store, file_sha256, place, place_file
 from jobs.task import Kind, Task
 
 
@@ -124,6 +125,33 @@ def calibrate(attempt: Attempt) -> None:
     if task.block + 1 < model.blocks:
         tensor_file.save(attempt.folder / "hidden.safetensors", {"hidden": result.hidden})
     tensor_file.save(attempt.folder / "stats.safetensors", pack(result.stats))
+    sums: dict[
+        str, Tensor
+    ] = {}  # of this block and every one before it: what an imatrix holds, a few kilobytes a block
+    if task.block > 0:
+        sums |= tensor_file.load(attempt.store.output(work.calibrated) / "sums.safetensors")
+    for tap, stats in result.stats.items():
+        name = model.architecture.prefix(task.block) + tap
+        sums |= {name: stats.sum_squares, f"{name}/rows": torch.tensor([stats.rows])}
+    tensor_file.save(attempt.folder / "sums.safetensors", sums)
+
+
+def imatrix(attempt: Attempt) -> None:
+    """Write what calibration found important as a file that llama.cpp's tools read, beside the model's artifacts."""
+    work, store, architecture = attempt.work, attempt.store, attempt.work.model.architecture
+    assert work.artifact is not None and architecture is not None
+    sums = tensor_file.load(store.output(work.calibrated) / "sums.safetensors")
+    entries: dict[str, Sums] = {}
+    for tensor in work.artifact.tensors:
+        tap = architecture.tap_of(tensor.source)
+        if tap and tensor.block is not None:
+            name = architecture.prefix(tensor.block) + tap.name
+            entries[tensor.name] = Sums(sum_squares=sums[name], count=int(sums[f"{name}/rows"]))
+    text = work.texts.calibration
+    path = attempt.folder / "imatrix.gguf"
+    write_imatrix(path, entries, [text.text.rpartition("/")[2]], text.sequences, text.length)
+    attempt.record["files"] = list_files(attempt.folder)
+    place_file(path, store.run / work.model.name / "imatrix.gguf")
 
 
 def quantize(attempt: Attempt) -> None:
@@ -290,6 +318,7 @@ def repo_kind(target: Target) -> Literal["model", "dataset"]:
 STEPS: dict[Kind, Callable[[Attempt], None]] = {
     "fetch": fetch,
     "calibrate": calibrate,
+    "imatrix": imatrix,
     "quantize": quantize,
     "assemble": assemble,
     "reference": reference,

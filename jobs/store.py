@@ -170,6 +170,22 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def place_file(source: Path, final: Path) -> None:
+    """Make `final` the same file as `source`, by a hard link where the disk allows, in one step."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    fresh = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
+    _link(source, fresh)
+    fresh.rename(final)
+    sync_folder(final.parent)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
+
+
 def place(files: Mapping[str, Path], texts: Mapping[str, str], final: Path, staging: Path) -> None:
     """Make `final` a folder with exactly these files (hard links where the disk allows) and texts.
 
@@ -180,10 +196,7 @@ def place(files: Mapping[str, Path], texts: Mapping[str, str], final: Path, stag
     for name, source in files.items():
         target = fresh / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
+        _link(source, target)
     for name, text in texts.items():
         (fresh / name).parent.mkdir(parents=True, exist_ok=True)
         write_text(fresh / name, text)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from gguf import GGUFReader
 
 from converter import manifest as manifests
 from converter.progress import Event
@@ -77,6 +78,16 @@ def test_every_artifact_is_done_and_measured(finished: Path) -> None:
     by_target = {row["target"]: row for row in rows}
     assert by_target["q8-0"]["weight"]["relative_mse"] < by_target["int2"]["weight"]["relative_mse"]
     assert by_target["int8"]["weight"]["cosine"] > 0.9999
+
+
+def test_the_imatrix_lies_beside_the_models_artifacts(finished: Path) -> None:
+    reader = GGUFReader(finished / "model" / "imatrix.gguf")
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert len(tensors) == 2 * 2 * 7, "a sum and a count for each of 7 linears in 2 blocks"
+    assert tensors["blk.1.ffn_down.weight.counts"].item() == 4 * 64
+    assert tensors["blk.1.ffn_down.weight.in_sum2"].shape == (1, 128)
+    assert (tensors["blk.0.attn_q.weight.in_sum2"] == tensors["blk.0.attn_k.weight.in_sum2"]).all()
+    assert (tensors["blk.0.attn_q.weight.in_sum2"] > 0).all()
 
 
 def test_planned_sizes_are_the_written_ones_to_the_byte(place: Path, finished: Path) -> None:
