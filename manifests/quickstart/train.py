@@ -332,7 +332,7 @@ def write_record(out: Path, record: dict[str, object], perplexities: dict[str, P
 def main() -> None:
     """Train, save, measure what was saved, and write the record."""
     parser = argparse.ArgumentParser(description="Train the quickstart model from scratch.")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)  # more is faster, and rounds otherwise
     parser.add_argument("--out", type=Path, default=HERE / "model")
