@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 import yaml
 
-from converter.errors import UnsupportedError
+from converter.errors import SourceError, UnsupportedError
+
+# Buffers that older checkpoints carry along; whoever runs the model computes them from config.json.
+COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attention\.(masked_)?bias|position_ids)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,26 @@ class Architecture:
 
 def block_count(config: Mapping[str, Any]) -> int:
     """The number of blocks that config.json declares; multi-modal configs keep it in `text_config`."""
-    return int(config.get("text_config", config)["num_hidden_layers"])
+    return int(text_config(config)["num_hidden_layers"])
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says about the language model: its `text_config`, or all of it when it has none."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
+
+
+def check_blocks(architecture: Architecture, config: Mapping[str, Any], tensors: Iterable[str], where: str) -> None:
+    """Raise SourceError unless the blocks that `tensors` name are those that config.json counts."""
+    count = text_config(config).get("num_hidden_layers")
+    remedy = "Config.json and weights are of different models, or a file is missing: fetch both again"
+    if type(count) is not int or count < 1:
+        raise SourceError(where, f"config.json gives {count!r} for num_hidden_layers, not a number of blocks", remedy)
+    stored = {block for block in map(architecture.block_of, tensors) if block is not None}
+    if stored != set(range(min(count, len(stored) + 1))):  # a count beyond reason makes no set of that size
+        held = f"{len(stored)} blocks, up to block {max(stored)}" if stored else "none"
+        what = f"config.json gives {count} for num_hidden_layers, and the weights hold {held}"
+        raise SourceError(where, what, remedy)
 
 
 def known() -> dict[str, Architecture]:
@@ -110,10 +132,14 @@ def parse(name: str, data: Mapping[str, Any]) -> Architecture:
 def find(config: Mapping[str, Any], where: str) -> Architecture:
     """The architecture of a model with this config.json; `where` names the model in the error.
 
-    Raises UnsupportedError, naming the nearest known class, when no YAML lists the model's class.
+    Raises UnsupportedError, naming the nearest known class, when no YAML lists the model's class, and SourceError when
+    config.json says something else there than names.
     """
     table = known()
     classes = config.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        what = f"config.json gives {classes!r} for architectures, not a list of names"
+        raise SourceError(where, what, "Mend config.json, or fetch it again")
     for name in classes:
         if name in table:
             return table[name]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -54,9 +54,11 @@ class Decoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         workers: int = 1,
+        stored: Collection[str] = (),
     ) -> None:
         """Build the model that folder/config.json describes, without weights; `where` names the model in errors.
 
+        stored: names of the checkpoint's tensors; a head among them is the head, whatever config.json says of tying.
         Raises SourceError when the config cannot be read and UnsupportedError when it needs code of its own or its
         blocks are not where `architecture` says.
         """
@@ -66,18 +68,41 @@ class Decoder:
         self.workers = Workers(workers)
         self._taps = architecture.taps
         self._model = _skeleton(folder, dtype, self.device, where)
-        self._layers = _stand_in(self._model, architecture, self._visit_block, where)
         self._thread = threading.local()  # .visit and .seen: what the call running in this thread is after
+        # No way leads from the model back to this Decoder: in a circle it would outlive its task, with its threads and
+        # what they hold, until Python looks for circles. That is some ten tasks later and was measured as 300 MB.
+        self._layers = _stand_in(self._model, architecture, partial(_visit_block, self._thread), where)
         self._arguments: tuple[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] | None = None
         self.blocks = len(self._layers)
         self._embedding = f"{architecture.embedding}.weight"
         embedding = _submodule(self._model, architecture.embedding, where)
         if isinstance(embedding, nn.Embedding):
             embedding.padding_idx = None  # matters to gradients only, and may lie outside the table that `embed` gives
-        inputs, outputs = _outer_names(self._model, architecture)
+        inputs, outputs = _outer_names(self._model, architecture, stored)
         self._outputs = outputs
         self.input_names = inputs
         self.output_names = tuple(sorted(set(outputs.values())))
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], architecture: Architecture) -> None:
+        """Raise SourceError unless these shapes, by checkpoint name, are what the model is made of.
+
+        Outside of the blocks there may be more; inside, a tensor too many would change what a block computes.
+        """
+        expected = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
+        remedy = "Config.json and weights are of different models, or a file is missing: fetch both again"
+        for name in (*self.input_names, *self.output_names):
+            if name not in shapes:
+                raise SourceError(self.where, f"the weights hold no {name}, which config.json calls for", remedy)
+            if shapes[name] != expected[name]:
+                what = f"{name} has the shape {list(shapes[name])}, and config.json makes it {list(expected[name])}"
+                raise SourceError(self.where, what, remedy)
+        blocks: list[dict[str, tuple[int, ...]]] = [{} for _ in self._layers]
+        for name, shape in shapes.items():
+            b = architecture.block_of(name)
+            if b is not None:
+                blocks[b][name.removeprefix(architecture.prefix(b))] = shape
+        for b, (layer, given) in enumerate(zip(self._layers, blocks, strict=True)):
+            _check_names(layer, given, f"{self.where} block {b}")
 
     def embed(self, rows: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
         """The hidden state in front of block 0, [N, T, D], for token rows [N, T] i64.
@@ -125,14 +150,16 @@ class Decoder:
         Raises SourceError when names or shapes are not those of the block.
         """
         layer = self._layers[b]
-        _check_names(layer, tensors, f"{self.where} block {b}")
+        _check_names(layer, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, f"{self.where} block {b}")
         args, kwargs = self._arguments_for(hidden.shape[1], hidden.shape[2])[b]
 
         def run(n: int) -> tuple[Tensor, dict[str, Tensor]]:
-            self._thread.seen = {}
+            seen: dict[str, Tensor] = {}
+            self._thread.seen = seen
             with torch.no_grad():
                 outcome = layer(hidden[n : n + 1].to(self.device, self.dtype), *args, **kwargs)
-            return (outcome[0] if isinstance(outcome, tuple) else outcome)[0], self._thread.seen
+            del self._thread.seen
+            return (outcome[0] if isinstance(outcome, tuple) else outcome)[0], seen
 
         behind = torch.empty_like(hidden, dtype=self.dtype)
         with self._loaded(layer, tensors), self._hooked(b, observe is not None, activation_bits or {}):
@@ -176,10 +203,8 @@ class Decoder:
                 return self._model(use_cache=False, **inputs)
         except _EnoughError:
             return None
-
-    def _visit_block(self, b: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        visit: Visit = self._thread.visit
-        return visit(b, hidden, args, kwargs)
+        finally:
+            del self._thread.visit
 
     def _arguments_for(self, length: int, width: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """What the model passes to each block beside the hidden state, for one sequence of this length; kept."""
@@ -269,7 +294,8 @@ def tokenizer(folder: Path, where: str) -> Tokenizer:
     try:
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and sentencepiece raise types of their own
-        raise SourceError(where, f"the tokenizer cannot be read: {error}", "Fetch the tokenizer files again") from error
+        what = f"the tokenizer cannot be read: {_reason(error)}"
+        raise SourceError(where, what, "Fetch the tokenizer files again") from error
 
     def encode(text: str) -> list[int]:
         numbers: list[int] = loaded(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -289,8 +315,12 @@ def tokenizer(folder: Path, where: str) -> Tokenizer:
 def _skeleton(folder: Path, dtype: torch.dtype, device: torch.device, where: str) -> Any:
     """The transformers model of folder/config.json: parameters on meta, buffers real and on `device`, in eval mode."""
     config = _config(folder, where)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # KeyError, ZeroDivisionError and others: whatever a wrong value leads to
+        what = f"transformers cannot build a model from config.json: {_reason(error)}"
+        raise SourceError(where, what, "Mend config.json") from error
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             # NaN, so that a buffer which the next step forgets shows; integers have none
@@ -314,15 +344,22 @@ def _config(folder: Path, where: str) -> Any:
         raise UnsupportedError(
             where,
             "config.json asks for code that comes with the model (auto_map), which is never run",
-            "Use the version of the model that transformers knows itself, or a target that needs no calibration",
+            "Use a version of the model that transformers knows itself; if it is one, take auto_map out of config.json",
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers or the model's config class makes of a wrong value
-        raise SourceError(where, f"transformers cannot use config.json: {error}", "Mend config.json") from error
+        what = f"transformers cannot use config.json: {_reason(error)}"
+        raise SourceError(where, what, "Mend config.json") from error
     if "quantization_config" in written:
         del config.quantization_config  # weights come to us decoded
     return config
+
+
+def _reason(error: Exception) -> str:
+    """A stranger's error in one line, with its type where the text alone says little, as for KeyError."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if " " in text else f"{type(error).__name__} {text}".rstrip()
 
 
 def _stand_in(model: Any, architecture: Architecture, visit: Visit, where: str) -> list[nn.Module]:
@@ -343,13 +380,23 @@ def _call(visit: Visit, b: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Te
     return visit(b, hidden, args, kwargs)
 
 
-def _outer_names(model: Any, architecture: Architecture) -> tuple[tuple[str, ...], dict[str, str]]:
+def _visit_block(
+    thread: threading.local, b: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """Do what the call that runs in this thread is after."""
+    visit: Visit = thread.visit
+    return visit(b, hidden, args, kwargs)
+
+
+def _outer_names(
+    model: Any, architecture: Architecture, stored: Collection[str]
+) -> tuple[tuple[str, ...], dict[str, str]]:
     """Names outside the blocks: those in front of block 0, and those behind the last by name in the model."""
     blocks = architecture.block.partition("{b}")[0]
     names = [name for name in model.state_dict() if not name.startswith(blocks)]
     behind = [name for name in names if name.startswith((f"{architecture.final_norm}.", f"{architecture.head}."))]
     head, embedding = f"{architecture.head}.weight", f"{architecture.embedding}.weight"
-    tied = model.get_parameter(head) is model.get_parameter(embedding)
+    tied = head not in stored and model.get_parameter(head) is model.get_parameter(embedding)
     outputs = {name: embedding if tied and name == head else name for name in behind}
     return tuple(name for name in names if name not in behind), outputs
 
@@ -368,10 +415,9 @@ def _take(outer: Mapping[str, Tensor], name: str, where: str) -> Tensor:
     return outer[name]
 
 
-def _check_names(layer: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise SourceError unless `tensors` are exactly the block's tensors."""
+def _check_names(layer: nn.Module, given: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise SourceError unless `given`, shapes by name, are exactly the block's tensors."""
     expected = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     missing = sorted(expected.keys() - given.keys())
     unexpected = sorted(given.keys() - expected.keys())
     shapes = [

@@ -7,6 +7,7 @@ starting · 130 interrupted, resumable.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ import typer
 
 from converter import manifest as manifests
 from converter import progress
-from converter.errors import HubmillError, ManifestError, PublishError, SourceError
+from converter.errors import HubmillError, ManifestError, SourceError
 from converter.progress import bytes_text, print_error, print_json, print_line, print_table
 
 app = typer.Typer(
@@ -70,6 +71,10 @@ def main() -> None:
     except HubmillError as error:
         print_error(str(error))
         sys.exit(3)
+    except OSError as error:  # a full disk under the run's own files, for one; what is finished is kept
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print_error(f"{what}. Make room or mend the disk, then run the same command again.")
+        sys.exit(1)
     finally:  # typer ends with exit code 1 when it is interrupted
         if interrupts:
             print_error("interrupted; everything finished so far is kept. Run the same command again to go on.")
@@ -120,7 +125,7 @@ def convert(
         if not result.tasks_run:
             print_line("nothing to do: every artifact is there and its sources are unchanged")
         print_line(f"results: {run.store.run}/report.html")
-    _print_failures(result, f"hubmill convert {manifest} --out {out}")
+    _print_failures(result)
     raise typer.Exit(result.exit_code)
 
 
@@ -166,10 +171,10 @@ def publish(manifest: MANIFEST, out: OUT = Path("out"), only: ONLY = None, json:
 
     run = _run(manifest, out, only=only)
     if run.manifest.publish is None:
-        raise PublishError(str(manifest), "the manifest has no publish: section", "Add one, with hub: and repo:")
+        raise ManifestError((f"{manifest}: there is no publish: section. Add one, with hub: and repo:.",))
     with _shown(json) as display:
         result = run_module.publish(run, display)
-    _print_failures(result, f"hubmill publish {manifest} --out {out}")
+    _print_failures(result)
     raise typer.Exit(result.exit_code)
 
 
@@ -240,32 +245,32 @@ def _print_plan(plan: dict[str, Any]) -> None:
 
 
 def _print_result(rows: Sequence[dict[str, Any]]) -> None:
-    cells = []
+    cells, left_out = [], []
     for row in rows:
-        name = f"{row['model']}/{row['target']}"
-        if row["status"] != "done":
-            cells.append([name, row["status"], "", "", "", "", "", ""])
-            continue
-        output = row["output"]
-        figures = [f"{output['perplexity']:.3f}", f"{output['kl_mean']:.5f}", f"{100 * output['top1_agreement']:.1f} %"]
-        cells.append(
-            [
-                name,
-                "done",
+        name, output = f"{row['model']}/{row['target']}", row.get("output")
+        figures = []
+        if row["status"] == "done":
+            figures = [
                 f"{row['bits_per_weight']:.2f}",
                 f"{row['compression_ratio']:.2f} x",
                 bytes_text(row["size_bytes"]),
             ]
-            + (figures if output else ["", "", ""])
-        )
+        if output:  # a model without a known architecture is not run
+            figures += [f"{output['perplexity']:.3f}", f"{output['kl_mean']:.5f}"]
+            figures += [f"{100 * output['top1_agreement']:.1f} %"]
+        cells.append([name, row["status"], *figures, *[""] * (6 - len(figures))])
+        if row["status"] == "skipped":
+            left_out.append([name, row["error"]])
     columns = ("artifact", "status", "bits/weight", "ratio", "size", "perplexity", "KL divergence", "same top token")
     print_table("comparison", columns, cells, numbers=range(2, 8))
+    if left_out:
+        print_table("what was left out", ("artifact", "why"), left_out)
 
 
-def _print_failures(result: Any, command: str) -> None:
+def _print_failures(result: Any) -> None:
     if result.failures:
         print_table("what failed", ("task", "why"), [list(failure) for failure in result.failures])
-        print_line(f"the rest is done. To try again: {command}")
+        print_line(f"the rest is done. To try again: {shlex.join(['hubmill', *sys.argv[1:]])}")
 
 
 if __name__ == "__main__":

@@ -40,9 +40,9 @@ def lock_text(
     """Give the lock file's text.
 
     commits goes by the model's name; facts, by the job's key, are further values to put beside a job: keys, sizes.
-    Raises KeyError when a model with jobs has no commit.
+    A model without a commit could not be opened, and is left out with its jobs.
     """
-    jobs = manifest.jobs()
+    jobs = [job for job in manifest.jobs() if job.model.name in commits]
     named = {job.model.name for job in jobs}
     models = [
         {"name": model.name, "source": portable(model.source, manifest), "commit": commits[model.name]}

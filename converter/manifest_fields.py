@@ -237,15 +237,15 @@ class Model(BaseModel, frozen=True, extra="forbid"):
 
 
 class Calibration(BaseModel, frozen=True, extra="forbid"):
-    """The text that statistics are collected on."""
+    """The text that statistics are collected on; the defaults fit the built-in text, whatever the tokenizer."""
 
     text: Annotated[
         String,
         AfterValidator(scalars.text_source),
         Field(description="builtin, file:path, or hub:org/dataset@revision#column."),
     ] = "builtin"
-    sequences: Annotated[Sequences, Field(description="Rows of tokens.")] = 128
-    length: Annotated[Length, Field(description="Tokens in a row.")] = 512
+    sequences: Annotated[Sequences, Field(description="Rows of tokens.")] = 32
+    length: Annotated[Length, Field(description="Tokens in a row.")] = 256
     seed: Annotated[
         int,
         Field(ge=0),
@@ -258,15 +258,15 @@ class Calibration(BaseModel, frozen=True, extra="forbid"):
 
 
 class Evaluation(BaseModel, frozen=True, extra="forbid"):
-    """The held-out text that artifacts are measured on."""
+    """The held-out text that artifacts are measured on; the defaults fit the built-in text."""
 
     text: Annotated[
         String,
         AfterValidator(scalars.text_source),
         Field(description="builtin, file:path, or hub:org/dataset@revision#column."),
     ] = "builtin"
-    sequences: Annotated[Sequences, Field(description="Rows of tokens.")] = 32
-    length: Annotated[Length, Field(description="Tokens in a row.")] = 512
+    sequences: Annotated[Sequences, Field(description="Rows of tokens.")] = 16
+    length: Annotated[Length, Field(description="Tokens in a row.")] = 256
 
 
 class Publish(BaseModel, frozen=True, extra="forbid"):

@@ -139,6 +139,9 @@ class Snapshot:
             raise SourceError(
                 str(path), what, "Fetch the model's weights first, or put the missing file back"
             ) from error
+        except OSError as error:
+            what = f"tensor '{header.name}' cannot be read: {error.strerror}"
+            raise SourceError(str(path), what, "Look at the disk and at the file's permissions") from error
         if done < len(raw):
             what = f"the file ends {len(raw) - done} bytes before the end of tensor '{header.name}'"
             raise SourceError(str(path), what, "It was changed after planning: fetch it again and plan anew")
@@ -154,7 +157,6 @@ def open_folder(path: Path, where: str) -> Snapshot:
     root = path.resolve()
     if not root.is_dir():
         raise SourceError(where, f"there is no folder {path}", "Check the path; it is relative to the manifest")
-    files = list_folder(root, where)
 
     def read_small(name: str) -> bytes:
         return (root / name).read_bytes()
@@ -165,11 +167,17 @@ def open_folder(path: Path, where: str) -> Snapshot:
                 length = header_length(file.read(8), files[name], name, where)
                 yield parse_header(file.read(length), files[name], name, where)
 
-    config, tensors, scales = survey(files, read_small, read_headers, where)
+    try:
+        files = list_folder(root, where)
+        config, tensors, scales = survey(files, read_small, read_headers, where)
+        commit = digest_folder(root, files)[:40]
+    except OSError as error:
+        what = f"{error.filename or root} cannot be read: {error.strerror}"
+        raise SourceError(where, what, "Look at the disk and at the file's permissions") from error
     return Snapshot(
         source=f"folder:{root}",
         repo=root.name,
-        commit=digest_folder(root, files)[:40],
+        commit=commit,
         config=config,
         tensors=tensors,
         scales=scales,

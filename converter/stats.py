@@ -117,12 +117,16 @@ def pack(stats: Mapping[str, TapStats]) -> dict[str, Tensor]:
     return {f"{tap}/{field}": tensor for tap, one in stats.items() for field, tensor in one.to_tensors().items()}
 
 
-def unpack(tensors: Mapping[str, Tensor]) -> dict[str, TapStats]:
-    """What `pack` packed, by tap name; a mapping that reads lazily is read one tap after another."""
+def unpack(tensors: Mapping[str, Tensor], gram: bool = True) -> dict[str, TapStats]:
+    """What `pack` packed, by tap name; a mapping that reads lazily is read one tap after another.
+
+    gram: False leaves the Gram matrices, which take far more than all the rest, where they are.
+    """
     taps: dict[str, dict[str, str]] = {}
     for name in tensors:
         tap, _, field = name.rpartition("/")
-        taps.setdefault(tap, {})[field] = name
+        if gram or field != "gram_upper":
+            taps.setdefault(tap, {})[field] = name
     return {tap: from_tensors({field: tensors[name] for field, name in names.items()}) for tap, names in taps.items()}
 
 

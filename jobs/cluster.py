@@ -74,6 +74,10 @@ class RayExecutor:
         task = self._running.pop(reference)
         try:
             outcome: Outcome = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:  # not from the step, whose errors are outcomes: it did not start
+            reason = str(error).strip().splitlines()[-1]
+            what = f"{task.title}: the worker could not run it: {reason}. Install the same hubmill on every machine."
+            return Outcome(key=task.key, seconds=0.0, peak_bytes=0, error=what)
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
             what = f"{task.title}: its worker was lost {RETRIES + 1} times: {reason}"

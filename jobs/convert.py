@@ -20,10 +20,11 @@ from converter.compare import report, tables
 from converter.errors import HubmillError, ManifestError, UnsupportedError
 from converter.lock import lock_text, portable, read_lock
 from converter.manifest import Job, Manifest
-from converter.progress import Display
+from converter.progress import Display, Event
+from converter.source import Snapshot
 from jobs.drive import Executor, InProcess, Progress, drive
 from jobs.planner import PlannedJob, Work
-from jobs.prepare import Prepared, Room, prepare, room, shortages
+from jobs.prepare import Prepared, Room, prepare, room, shortages, unreachable, unwritable
 from jobs.steps import open_hub, repo_kind
 from jobs.store import Store, write_json, write_text
 from jobs.task import Graph, Task
@@ -119,7 +120,10 @@ def plan(run: Run) -> Ready:
     needed = graph.needed(done, ends)
     problems = [error for key, error in prepared.problems.items() if key in chosen]
     reasons = [] if run.skip_unsupported and len(problems) < len(chosen) else problems
-    if run.address is None:
+    reasons += [str(lack) for lack in unwritable(run.store.run)]
+    if run.address is not None:
+        reasons += [str(lack) for lack in unreachable(run.address)]
+    else:
         writes = any(graph.tasks[key].kind != "publish" for key in needed)
         reasons += [str(lack) for lack in shortages(prepared.plan, here, writes, str(run.store.run))]
     if needed:
@@ -151,17 +155,21 @@ def _hub_problems(manifest: Manifest, jobs: Sequence[PlannedJob]) -> Iterator[st
 def convert(run: Run, display: Display) -> Result:
     """Do what the manifest says. Raises Refused before anything is written when it cannot be done."""
     check_owner(run)
+    planning = Event(task="plan", subject=run.manifest.name, state="start", title="plan")
+    display.show(planning)
     ready = plan(run)
     if ready.reasons:
         raise Refused(ready.reasons)
+    display.show(replace(planning, state="done", fraction=1.0))
     store, prepared, graph = run.store, ready.prepared, ready.prepared.plan.graph
     with only_run(store):
         facts = {job.subject: {"files": dict(job.artifact.files)} for job in prepared.plan.jobs}
-        if len(prepared.commits) == len({job.model.name for job in run.manifest.jobs()}):
-            write_text(store.run / "manifest.lock.yaml", lock_text(prepared.manifest, prepared.commits, facts))
+        write_text(store.run / "manifest.lock.yaml", lock_text(prepared.manifest, prepared.commits, facts))
         state = Progress(done=set(ready.done))
+        store.sweep()
+        for key in graph.leftover(ready.done):
+            store.forget(key)
         if ready.needed:
-            store.sweep()
             for key in ready.needed:
                 store.forget(key)  # what is there under this key is damaged: a finished, whole one is not needed
             executor = _executor(run, ready.room)
@@ -230,8 +238,13 @@ def check_owner(run: Run) -> None:
 @contextmanager
 def only_run(store: Store) -> Iterator[None]:
     """Hold the run's folder; the system lets go of it when this process ends, however it ends."""
-    store.work.mkdir(parents=True, exist_ok=True)
-    with (store.work / "lock").open("a") as file:
+    try:
+        store.work.mkdir(parents=True, exist_ok=True)
+        file = (store.work / "lock").open("a")
+    except OSError as error:
+        what = f"no results can be written at {error.filename}: {error.strerror}"
+        raise UnsupportedError(str(store.run), what, "Choose another --out, or make room and rights there") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -249,7 +262,11 @@ def finished(graph: Graph, store: Store) -> set[str]:
 def _whole(task: Task, store: Store) -> bool:
     if task.kind == "imatrix":
         return (store.run / task.subject / "imatrix.gguf").is_file()
-    if not isinstance(task.work, Work) or task.work.target is None:
+    if not isinstance(task.work, Work):
+        return True
+    if task.kind == "fetch":
+        return _fetched(task.work.model.snapshot, Path(store.record(task.key)["folder"]))
+    if task.work.target is None:
         return True
     if task.kind == "assemble":
         return _has(store.output(task.key), store.record(task.key)["files"])
@@ -259,6 +276,13 @@ def _whole(task: Task, store: Store) -> bool:
     if task.kind == "publish" and task.work.hub.startswith("folder:"):
         return (Path(task.work.hub.removeprefix("folder:")) / task.work.repo).exists()
     return True
+
+
+def _fetched(snapshot: Snapshot, folder: Path) -> bool:
+    """Whether the weights are still where they were fetched to; a model's folder may have been moved since."""
+    names = {header.file for header in (*snapshot.tensors.values(), *snapshot.scales.values())}
+    same = snapshot.source.startswith("hub:") or folder == snapshot.folder
+    return same and _has(folder, [{"path": name, "bytes": snapshot.files[name]} for name in names])
 
 
 def _has(folder: Path, files: Sequence[Mapping[str, Any]]) -> bool:

@@ -28,11 +28,15 @@ WORKER_BYTES = 700_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model of the manifest, opened: where its files are and what family it is (None: a plain state dict)."""
+    """A model of the manifest, opened: where its files are and what family it is (None: a plain state dict).
+
+    computed: tensors of the checkpoint that the snapshot leaves out, because whoever runs the model computes them.
+    """
 
     name: str
     snapshot: Snapshot
     architecture: Architecture | None
+    computed: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> int:
@@ -196,7 +200,8 @@ def _quantize_task(job: PlannedJob, block: int | None, work: Work, fetch: Task, 
     }
     weights = sum(_elements(tensor.shape) for tensor in tensors) if block is not None else 0
     widest = max((_elements(tensor.shape) for tensor in tensors), default=0)
-    gram = max((tensor.shape[-1] for tensor in tensors), default=0) ** 2 if calibrated else 0
+    grams = calibrated and any(need.gram for need in _needs(job.target))
+    gram = max((tensor.shape[-1] for tensor in tensors), default=0) ** 2 if grams else 0
     return Task(
         kind="quantize",
         subject=job.subject,
@@ -256,7 +261,11 @@ def _artifact_tasks(
     finish = Task(
         kind="finish",
         subject=job.subject,
-        spec={"target": job.target.model_dump(mode="json", exclude={"where"}), "repo": job.repo},
+        spec={
+            "target": job.target.model_dump(mode="json", exclude={"where"}),
+            "repo": job.repo,
+            "notes": list(job.artifact.notes),
+        },
         work=replace(work, assembled=assemble.key, evaluated=evaluate.key, repo=job.repo or ""),
         reads=(assemble.key, evaluate.key),
     )
@@ -302,8 +311,13 @@ def block_bytes(model: Model, block: int | None) -> int:
 
 
 def _hidden_bytes(model: Model, rows: int) -> int:
-    width = int(model.snapshot.config.get("text_config", model.snapshot.config)["hidden_size"])
-    return F32_BYTES * rows * width
+    return F32_BYTES * rows * embedding_shape(model)[-1]
+
+
+def embedding_shape(model: Model) -> tuple[int, ...]:
+    """The shape [V, D] of the embedding; the weights are there to ask, and config.json may leave out what is usual."""
+    assert model.architecture is not None
+    return model.snapshot.tensors[f"{model.architecture.embedding}.weight"].shape
 
 
 def _calibrate_bytes(model: Model, texts: Texts, block: int, grams: bool) -> int:
@@ -325,8 +339,7 @@ def _evaluate_bytes(model: Model, texts: Texts) -> int:
         return WORKER_BYTES
     hidden = _hidden_bytes(model, texts.evaluation.sequences * texts.evaluation.length)
     largest = max((block_bytes(model, block) for block in range(model.blocks)), default=0)
-    config = model.snapshot.config.get("text_config", model.snapshot.config)
-    logits = 4 * F32_BYTES * texts.evaluation.length * int(config.get("vocab_size", 0))
+    logits = 4 * F32_BYTES * texts.evaluation.length * embedding_shape(model)[0]
     return WORKER_BYTES + 2 * largest + 2 * block_bytes(model, None) + 3 * hidden + logits
 
 

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converter import dataset, hub
-from converter.architecture import Architecture, find
+from converter.architecture import COMPUTED, check_blocks, find
+from converter.blocks import Decoder
 from converter.calibration import digest
 from converter.containers.tables import CONTAINERS
-from converter.errors import HubmillError, UnsupportedError
+from converter.errors import HubmillError, SourceError, UnsupportedError
 from converter.manifest import Job, Manifest
 from converter.methods.tables import NEEDS
 from converter.progress import bytes_text
-from jobs.planner import Model, Plan, PlannedJob, Texts, build
+from jobs.planner import Model, Plan, PlannedJob, Texts, build, embedding_shape
 from jobs.steps import text_rows
 from jobs.store import Store
 
+CONNECT_SECONDS = 5.0
 MEMORY_SHARE = 0.9  # of the machine's memory; the rest is the system's and the driver's
 
 
@@ -75,12 +78,24 @@ def prepare(manifest: Manifest, jobs: Sequence[Job], store: Store, cpus: int, de
 
 
 def _open(job: Job, store: Store) -> Model:
-    snapshot = hub.resolve(job.model.source, store.downloads, f"model '{job.model.name}'")
+    """The job's model, its config.json and its weights found to be of the same model."""
+    where = f"model '{job.model.name}'"
+    snapshot = hub.resolve(job.model.source, store.downloads, where)
     try:
-        architecture: Architecture | None = find(snapshot.config, f"model '{job.model.name}'")
-    except UnsupportedError:
-        architecture = None  # its weights can still be rounded; what needs more says so in _plan_job
-    return Model(name=job.model.name, snapshot=snapshot, architecture=architecture)
+        architecture = find(snapshot.config, where)
+    except UnsupportedError:  # its weights can still be rounded; what needs more says so in _plan_job
+        return Model(name=job.model.name, snapshot=snapshot, architecture=None)
+    computed = tuple(name for name in snapshot.tensors if COMPUTED.search(name))
+    tensors = {name: header for name, header in snapshot.tensors.items() if name not in computed}
+    check_blocks(architecture, snapshot.config, tensors, where)  # first: what comes next builds as many as it is told
+    decoder = Decoder(snapshot.folder, architecture, where, stored=tensors)
+    decoder.check({name: header.shape for name, header in tensors.items()}, architecture)
+    return Model(
+        name=job.model.name,
+        snapshot=replace(snapshot, tensors=tensors),
+        architecture=architecture,
+        computed=computed,
+    )
 
 
 def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
@@ -89,6 +104,8 @@ def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
     if model.architecture is None and (target.format == "gguf" or any(need.sums or need.gram for need in needs)):
         find(model.snapshot.config, f"{target.where}: {job.key}")  # raises, naming what is known
     artifact = CONTAINERS[target.format].plan(model.snapshot, model.architecture, target)
+    left_out = dict.fromkeys(model.computed, "whoever runs the model computes it")
+    artifact = replace(artifact, dropped=left_out | dict(artifact.dropped))
     repo = manifest.publish.repo_of(manifest.name, job) if manifest.publish else None
     return PlannedJob(model=model, target=target, artifact=artifact, repo=repo)
 
@@ -120,10 +137,16 @@ def _texts(manifest: Manifest, unread: HubmillError | None, model: Model, store:
         if unread:
             raise unread
         folder = model.snapshot.folder
-        digests = [
-            digest(text_rows(manifest.calibration, folder, model.name, store.downloads)),
-            digest(text_rows(manifest.evaluation, folder, model.name, store.downloads)),
+        rows = [
+            text_rows(manifest.calibration, folder, model.name, store.downloads),
+            text_rows(manifest.evaluation, folder, model.name, store.downloads),
         ]
+        largest, table = max(int(tokens.max()) for tokens in rows), embedding_shape(model)[0]
+        if largest >= table:
+            what = f"the tokenizer gives token {largest}, and the embedding has {table} rows"
+            remedy = "Tokenizer and weights are of different models: fetch both again"
+            raise SourceError(f"model '{model.name}'", what, remedy)
+        digests = [digest(tokens) for tokens in rows]
     return Texts(
         calibration=manifest.calibration,
         calibration_sha256=digests[0],
@@ -134,15 +157,44 @@ def _texts(manifest: Manifest, unread: HubmillError | None, model: Model, store:
 
 def room(folder: Path) -> Room:
     """What this machine has for a run whose output goes to `folder`, which may not exist yet."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         memory = min(memory, int(text))
     cpus = len(os.sched_getaffinity(0))
-    return Room(cpus=cpus, memory_bytes=memory, disk_bytes=shutil.disk_usage(existing).free)
+    return Room(cpus=cpus, memory_bytes=memory, disk_bytes=shutil.disk_usage(_existing(folder)).free)
+
+
+def unwritable(folder: Path) -> list[UnsupportedError]:
+    """Why nothing can be written into `folder`, which may not exist yet; empty when something can."""
+    existing = _existing(folder)
+    if not existing.is_dir():
+        what = f"{existing} is a file, and results go to a folder"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        what = f"{existing} cannot be written to"
+    else:
+        return []
+    return [UnsupportedError(str(folder), what, "Choose another --out")]
+
+
+def unreachable(address: str) -> list[UnsupportedError]:
+    """Why no Ray cluster answers at "host:port"; Ray itself would go on trying without an end."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return []  # such as "auto": Ray finds it, or says at once that there is none
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        remedy = "Start a cluster with `ray start --head`, mend --address, or leave it out"
+        return [UnsupportedError(f"--address {address}", f"nothing answers there: {error}", remedy)]
+    return []
+
+
+def _existing(folder: Path) -> Path:
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return existing
 
 
 def shortages(plan: Plan, has: Room, writes: bool, where: str) -> list[UnsupportedError]:

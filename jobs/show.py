@@ -44,7 +44,8 @@ def _job_json(job: PlannedJob, ready: Ready) -> dict[str, Any]:
     left = [key for key in ready.needed if graph.tasks[key].subject == job.subject]
     tensors = job.artifact.tensors
     fallbacks = Counter(tensor.fallback for tensor in tensors if tensor.fallback)
-    dropped = [f"{name} is left out: {reason}" for name, reason in job.artifact.dropped.items()]
+    notes = [f"{count} x {reason}" for reason, count in fallbacks.items()]
+    notes += [f"{name} is left out: {reason}" for name, reason in job.artifact.dropped.items()]
     return {
         "job": job.subject,
         "state": f"{len(left)} tasks" if left else "done",
@@ -52,7 +53,7 @@ def _job_json(job: PlannedJob, ready: Ready) -> dict[str, Any]:
         "files": dict(job.artifact.files),
         "exact": job.artifact.exact,
         "types": dict(Counter(tensor.grid.name for tensor in tensors)),
-        "notes": [f"{count} x {reason}" for reason, count in fallbacks.items()] + dropped,
+        "notes": [*notes, *job.artifact.notes],
         "repo": job.repo,
         "tensors": [
             {
@@ -75,8 +76,11 @@ def status(store: Store) -> dict[str, Any]:
     last: dict[str, dict[str, Any]] = {}
     counts: Counter[str] = Counter()
     running: dict[str, dict[str, Any]] = {}
-    for line in store.events.read_text("utf-8").splitlines():
-        event = json.loads(line)
+    for line in store.events.read_text("utf-8").split("\n"):
+        try:
+            event = json.loads(line)
+        except ValueError:  # the end of a run that was killed while it wrote, or is writing now
+            continue
         counts[event["state"]] += 1
         last[event["subject"]] = event
         running.pop(event["task"], None)

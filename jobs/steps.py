@@ -28,7 +28,7 @@ from converter.containers.tables import CONTAINERS
 from converter.errors import HubmillError
 from converter.manifest import Calibration, Evaluation, Target
 from converter.methods import Block, Options
-from converter.methods.tables import ROUNDERS, TRANSFORMS
+from converter.methods.tables import NEEDS, ROUNDERS, TRANSFORMS
 from converter.publish import FolderHub, Hub
 from converter.stats import TapStats, pack, unpack
 from jobs.planner import Model, Work
@@ -163,7 +163,8 @@ def quantize(attempt: Attempt) -> None:
     groups = [names] if attempt.task.block is not None else [[name] for name in names]
     stats: dict[str, TapStats] = {}
     if work.calibrated:
-        stats = unpack(tensor_file.load(attempt.store.output(work.calibrated) / "stats.safetensors"))
+        gram = any(NEEDS[method](work.target.imatrix).gram for method in work.target.methods)
+        stats = unpack(tensor_file.load(attempt.store.output(work.calibrated) / "stats.safetensors"), gram)
     notes: dict[str, str] = {}
     for done, group in enumerate(groups):
         notes.update(_quantize_group(attempt, model, group, stats))
@@ -225,6 +226,8 @@ def assemble(attempt: Attempt) -> None:
     records = [attempt.store.record(key) for key in work.parts]
     notes = {tensor.source: tensor.fallback for tensor in work.artifact.tensors if tensor.fallback}
     attempt.record["notes"] = notes | {name: note for record in records for name, note in record["notes"].items()}
+    if work.artifact.notes:
+        attempt.record["note"] = "; ".join(work.artifact.notes)
     attempt.record["quantize_seconds"] = sum(record["seconds"] for record in records)
     attempt.record["quantize_peak_bytes"] = max(record["peak_bytes"] for record in records)
     attempt.record["files"] = list_files(attempt.folder)
@@ -353,6 +356,7 @@ def row_of(store: Store, work: Work) -> dict[str, Any]:
         "peak_rss_bytes": max(assembled["quantize_peak_bytes"], assembled["peak_bytes"], measured["peak_bytes"]),
         "source": source | {"parameters": measured["parameters"]} | measured.get("source", {}),
         "notes": assembled["notes"],
+        "warnings": list(work.artifact.notes),
     }
 
 
@@ -370,7 +374,12 @@ def _here(attempt: Attempt) -> Model:
 def _decoder(attempt: Attempt, model: Model) -> Decoder:
     assert model.architecture is not None
     return Decoder(
-        model.snapshot.folder, model.architecture, model.name, device=attempt.work.device, workers=attempt.threads
+        model.snapshot.folder,
+        model.architecture,
+        model.name,
+        device=attempt.work.device,
+        workers=attempt.threads,
+        stored=model.snapshot.tensors,
     )
 
 

@@ -140,7 +140,7 @@ def write_json(path: Path, data: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary = path.with_name(f".{path.name}.new")  # one name, so that what a killed run left is written over
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

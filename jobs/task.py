@@ -98,6 +98,11 @@ class Graph:
                 wanted.add(key)
         return [key for key in self.tasks if key in wanted]
 
+    def leftover(self, done: Iterable[str]) -> list[str]:
+        """Of the finished tasks, those whose output is temporary and that nothing will read any more."""
+        finished = set(done)
+        return [key for key in finished if self.tasks[key].temporary and finished.issuperset(self.readers[key])]
+
     def dependents(self, key: str) -> set[str]:
         """Every task that reads `key`, directly or through others."""
         found: set[str] = set()

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
+    MistralConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -50,11 +53,27 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-FAMILIES: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+FAMILIES: dict[str, type[PretrainedConfig]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma2": Gemma2Config,
+    "gemma3": Gemma3TextConfig,
+}
+# Windows shorter than the prompt, caps that the values reach, and so many layers that each kind of them occurs.
+GEMMA: dict[str, Any] = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 48}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 EXTRAS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "rope_parameters": LLAMA3_ROPE},
     "qwen2": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
     "qwen3": {"head_dim": 64},
+    "gemma2": GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0},
+    "gemma3": GEMMA | {"num_hidden_layers": 7, "rope_parameters": GEMMA3_ROPE},
 }
 
 
@@ -76,17 +95,20 @@ def byte_level(steps: Sequence[str] = (QWEN2,), size: int = 1000, **options: Any
     return tokenizer
 
 
-def sentencepiece(size: int = 600) -> Tokenizer:
-    """A BPE over characters with byte fallback, its merges complete as a conversion from SentencePiece makes them."""
+def sentencepiece(size: int = 600, defined: Sequence[str] = ()) -> Tokenizer:
+    """A BPE over characters with byte fallback, its merges complete as a conversion from SentencePiece makes them.
+
+    defined: user-defined tokens, which are in the vocabulary and have merges, before all others.
+    """
     prepare = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trained = Tokenizer(models.BPE())
     trained.normalizer = prepare
     trained.pre_tokenizer = pre_tokenizers.Split(Regex("▁[^▁]*"), "isolated")
     trained.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=size, limit_alphabet=120, show_progress=False))
     learned = sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__)
-    control = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    control = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *defined]
     vocabulary = {token: number for number, token in enumerate(control + [t for t in learned if t not in control])}
-    ranked = [token for token in learned if len(token) > 1]
+    ranked = [*defined, *(token for token in learned if len(token) > 1 and token not in defined)]
     merges = [
         (token[:cut], token[cut:])
         for token in ranked
@@ -98,7 +120,16 @@ def sentencepiece(size: int = 600) -> Tokenizer:
     )
     tokenizer.normalizer = prepare
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in defined])
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def like_gemma() -> Tokenizer:
+    """A tokenizer laid out as Gemma's: no space put first, and user-defined runs of spaces and newlines."""
+    tokenizer = sentencepiece(defined=("\n\n", "\n\n\n", "▁▁", "▁▁▁", "▁▁▁▁"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     return tokenizer
 
 
@@ -149,6 +180,12 @@ def write(
     out.mkdir(exist_ok=True)
     GGUF.write(plan, snapshot, architecture, wanted, parts, out)
     return plan
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change keys of config.json as transformers would write them, None as null."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -50,6 +50,7 @@ def row_of(target: str, format: str, scheme: str, bits: float, loss: float | Non
         "files": [{"path": f"model.{ending}", "bytes": size_bytes, "sha256": "ab" * 32}],
         "source": dict(SOURCE),
         "notes": {},
+        "warnings": [],
     }
     return row | changes
 

@@ -7,6 +7,9 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -448,6 +451,26 @@ def test_nothing_of_a_block_stays_behind(models: Mapping[str, tuple[Path, PreTra
     kept = [one for one in gc.get_objects() if isinstance(one, Tensor) and not one.is_meta]
     holders = [one for one in kept if one.data_ptr() in addresses]
     assert len(holders) == len(tensors), "only the caller's own tensors remain"
+
+
+def test_a_decoder_and_its_threads_go_with_its_last_name(models: Mapping[str, tuple[Path, PreTrainedModel]]) -> None:
+    folder, model = models["llama"]
+    threads = threading.active_count()
+    decoder = open_decoder(folder, workers=2)
+    calibrate(decoder, model)
+    gone = weakref.ref(decoder)
+    gc.collect()
+    gc.disable()  # a decoder in a circle would wait for the collector, and a dozen of them add up to gigabytes
+    try:
+        del decoder
+        assert gone() is None
+    finally:
+        gc.enable()
+    for _ in range(100):
+        if threading.active_count() <= threads:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() <= threads
 
 
 @pytest.mark.slow

@@ -168,6 +168,13 @@ def test_what_was_not_as_asked_is_listed_by_reason(tmp_path: Path) -> None:
     assert "row length 100: Q8_0 in place of Q4_K: layers.0.up" in text and "and 4 more" in text
 
 
+def test_what_readers_do_otherwise_is_told_once_for_the_artifact(tmp_path: Path) -> None:
+    warnings = ["readers let a token see | all", "tokens are left out: <picture>"]
+    text = body_of(made(tmp_path, row_of("q", "gguf", "Q8_0", 8.5, 0.1, warnings=warnings))).text
+    assert "What readers do otherwise" in text and "see | all." in text and "<picture>." in text
+    assert "otherwise" not in body_of(made(tmp_path, row_of("q", "gguf", "Q8_0", 8.5, 0.1))).text
+
+
 def test_norwegian_stays_norwegian_and_one_language_stays_one(tmp_path: Path) -> None:
     assert front_of(made(tmp_path, readme="---\nlanguage: no\n---\n"))["language"] == "no"
 

@@ -23,7 +23,14 @@ from small_run import ROOT, TARGETS, write_manifest, write_model
 
 RAY = Path(sys.executable).parent / "ray"
 ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-NODE = ["--node-ip-address=127.0.0.1", "--num-cpus=1", "--memory=4000000000", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
+NODE = [
+    "--node-ip-address=127.0.0.1",
+    "--num-cpus=1",
+    "--memory=4000000000",
+    "--object-store-memory=100000000",
+    "--disable-usage-stats",
+    "--block",
+]
 
 
 class Quiet:

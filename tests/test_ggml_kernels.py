@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 
 import gguf
 import numpy as np
@@ -16,8 +15,8 @@ from numpy.typing import NDArray
 from ggml_peer import dequantize as peer_dequantize
 from ggml_peer import library as peer_library
 from ggml_peer import quantize as peer_quantize
-from quantkernels.ggml import TYPES, Backend, block_size, cpu_k_symmetric, cpu_search, dequantize, quantize, row_bytes
-from quantkernels.ggml.compiling import compiled, digest
+from quantkernels.compiling import compiled
+from quantkernels.ggml import TYPES, Backend, block_size, dequantize, quantize, row_bytes
 from quantkernels.ggml.lanes import WIDTH, load, nearest_wrapped, store
 
 Floats = NDArray[np.float32]
@@ -303,14 +302,6 @@ def test_wrong_arguments_are_refused_with_what_would_fit() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
-
-
-def test_the_cached_name_of_a_kernel_changes_with_what_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = inspect.unwrap(cpu_k_symmetric.quantize_q6_k)
-    before = digest(kernel)
-    assert digest(kernel) == before
-    monkeypatch.setattr(cpu_search, "TENTH", np.float32(0.2))
-    assert digest(kernel) != before
 
 
 @compiled

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,13 @@ def test_undoing_a_row_operation_gives_the_rows_back(heads: int, half: int, widt
     assert torch.equal(apply_operation("", rows), rows)
 
 
+def test_add_gives_f32_vectors_a_constant_and_takes_it_back() -> None:
+    weights = torch.tensor([0.25, -1.5, 0.0])
+    rows = weights.view(torch.uint8).reshape(3, 4)
+    assert apply_operation("add:1", rows).view(torch.float32).flatten().tolist() == [1.25, -0.5, 1.0]
+    assert torch.equal(undo_operation("add:1", weights + 1), weights)
+
+
 def test_rope_permute_interleaves_the_halves_of_each_head() -> None:
     rows = torch.arange(8).reshape(8, 1)  # two heads of four rows
     assert apply_operation("rope_permute:2", rows).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
@@ -307,7 +315,6 @@ def test_a_config_that_disagrees_with_the_weights_is_refused(copy: Path, changes
         ({"num_hidden_layers": 1}, "holds model.layers.1."),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"architectures": ["Gemma2ForCausalLM"]}, "gemma2 has no GGUF section"),
     ],
 )
 def test_what_gguf_cannot_say_is_refused(copy: Path, changes: dict[str, Any], words: str) -> None:
@@ -317,8 +324,45 @@ def test_what_gguf_cannot_say_is_refused(copy: Path, changes: dict[str, Any], wo
 
 
 def test_a_model_without_architecture_is_refused(llama: Path) -> None:
+    snapshot, architecture = tiny.load(llama)
     with pytest.raises(UnsupportedError, match="model family"):
-        GGUF.plan(tiny.load(llama)[0], None, tiny.target("Q8_0"))
+        GGUF.plan(snapshot, None, tiny.target("Q8_0"))
+    with pytest.raises(UnsupportedError, match="llama has no GGUF section"):
+        GGUF.plan(snapshot, replace(architecture, gguf=None), tiny.target("Q8_0"))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 144}, "query_pre_attn_scalar to 144, .* with 64"),
+        ("gemma2", {"num_hidden_layers": 46}, "query_pre_attn_scalar to 64, .* with 32"),
+        ("gemma2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types .* last of every 2 layers"),
+        ("gemma2", {"tie_word_embeddings": False}, "tie_word_embeddings to False"),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation to 'gelu'"),
+        ("gemma3", {"layer_types": None, "sliding_window_pattern": 1}, "sliding_window_pattern to 1"),
+        ("gemma3", {"layer_types": None, "rope_local_base_freq": 5000}, "rope_local_base_freq to 5000"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping to 30.0"),
+    ],
+)
+def test_a_gemma_that_readers_compute_otherwise_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path, family: str, changes: dict[str, Any], words: str
+) -> None:
+    tiny.save_model(tmp_path, family)
+    tiny.save_tokenizer(tokenizer, tmp_path)
+    tiny.edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(UnsupportedError, match=words):
+        plan(tmp_path)
+
+
+def test_the_window_that_readers_do_without_is_told_when_the_context_can_exceed_it(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tiny.save_model(tmp_path, "mistral", sliding_window=100)
+    tiny.save_tokenizer(tokenizer, tmp_path)
+    (said,) = plan(tmp_path).notes
+    assert "the last 100 only" in said and not said.endswith(".")
+    tiny.edit_json(tmp_path / "config.json", max_position_embeddings=100)
+    assert plan(tmp_path).notes == ()
 
 
 def test_a_missing_broken_or_foreign_tokenizer_is_refused_in_the_plan(copy: Path) -> None:

@@ -9,8 +9,17 @@ from typing import Any
 import pytest
 
 import gguf_models as tiny
-from converter.containers.gguf.pretokenizer import GPT2, LLAMA3, QWEN2, SPLITTINGS, recognise, splits
-from converter.containers.gguf.tokenizer import tokenizer_fields
+from converter.containers.gguf.pretokenizer import (
+    GPT2,
+    LLAMA3,
+    QWEN2,
+    SPLITTINGS,
+    Splitting,
+    differences,
+    recognise,
+    splits,
+)
+from converter.containers.gguf.tokenizer import describe_tokenizer
 from converter.errors import UnsupportedError
 
 
@@ -82,7 +91,8 @@ def test_an_unknown_way_of_splitting_is_refused_with_its_pattern(content: dict[s
 
 
 def fields_of(folder: Path, rows: int = 1024) -> dict[str, Any]:
-    return {key: field.value for key, field in tokenizer_fields(folder, {"eos_token_id": [2, 1]}, rows, "t").items()}
+    described = describe_tokenizer(folder, {"eos_token_id": [2, 1]}, rows, "t")
+    return {key: field.value for key, field in described.fields.items()}
 
 
 def test_ids_without_a_token_are_padded_and_marked_unused(folder: Path) -> None:
@@ -92,6 +102,33 @@ def test_ids_without_a_token_are_padded_and_marked_unused(folder: Path) -> None:
     assert fields["tokenizer.ggml.tokens"][used:] == tuple(f"[PAD{i}]" for i in range(used, 1024))
     assert set(fields["tokenizer.ggml.token_type"][used:]) == {5}
     assert fields["tokenizer.ggml.token_type"][:4] == (3, 3, 3, 1)
+
+
+def notes_of(folder: Path, rows: int = 1024) -> tuple[str, ...]:
+    return describe_tokenizer(folder, {}, rows, "t").notes
+
+
+def test_text_that_readers_take_otherwise_is_told(folder: Path, tmp_path: Path) -> None:
+    assert notes_of(folder) == ()
+    tiny.edit_json(folder / "tokenizer.json", normalizer={"type": "NFC"})
+    (said,) = notes_of(folder)
+    assert "do not normalise text (NFC)" in said
+
+
+@pytest.mark.parametrize("splitting", SPLITTINGS, ids=lambda row: row.name)
+def test_only_splittings_that_are_not_exact_are_told_of(splitting: Splitting) -> None:
+    told = differences(definition(), splitting.name)
+    assert len(told) == (0 if splitting.exact else 1) and all(splitting.name in text for text in told)
+
+
+def test_added_tokens_without_a_row_are_left_out_and_told_of(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    picture = content["added_tokens"][0] | {"id": 1024, "content": "<picture>"}
+    tiny.edit_json(folder / "tokenizer.json", added_tokens=[*content["added_tokens"], picture])
+    assert len(fields_of(folder)["tokenizer.ggml.tokens"]) == 1024
+    (said,) = notes_of(folder)
+    assert "<picture>" in said
+    assert fields_of(folder, 1025)["tokenizer.ggml.tokens"][1024] == "<picture>" and notes_of(folder, 1025) == ()
 
 
 def test_special_tokens_come_from_config_when_the_tokenizer_does_not_say(folder: Path) -> None:
@@ -151,6 +188,17 @@ def test_a_way_to_prepare_text_that_sentencepiece_has_not_is_refused(
     (tmp_path / "tokenizer.json").write_text(json.dumps(content | changes))
     with pytest.raises(UnsupportedError, match=words):
         fields_of(tmp_path)
+
+
+def test_user_defined_tokens_have_no_part_in_scores(tmp_path: Path) -> None:
+    tiny.save_tokenizer(tiny.like_gemma(), tmp_path, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    before = fields_of(tmp_path)
+    kinds = dict(zip(before["tokenizer.ggml.tokens"], before["tokenizer.ggml.token_type"], strict=True))
+    assert kinds["  "] == kinds["\n\n"] == 4 and before["tokenizer.ggml.add_space_prefix"] is False
+    # transformers sorts the merges of tokens of one score by length, those of user-defined tokens among each other.
+    tiny.edit_json(tmp_path / "tokenizer.json", model=model | {"merges": [*model["merges"][5:], *model["merges"][:5]]})
+    assert fields_of(tmp_path)["tokenizer.ggml.scores"] == before["tokenizer.ggml.scores"]
 
 
 def test_merges_that_scores_cannot_say_are_refused(tmp_path: Path) -> None:

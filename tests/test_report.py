@@ -88,13 +88,14 @@ def test_only_the_reports_own_script_may_run() -> None:
 def test_hostile_names_are_shown_and_do_nothing() -> None:
     artifacts = [row | {"model": HOSTILE} for row in rows()]
     artifacts[0] |= {"target": HOSTILE, "scheme": HOSTILE, "method": [HOSTILE], "notes": {HOSTILE: HOSTILE}}
+    artifacts[0] |= {"warnings": [HOSTILE]}
     artifacts[-1] |= {"error": HOSTILE, "format": HOSTILE}
     done = tuple(row["target"] for row in artifacts if row["status"] == "done")
     tensors = [tensor | {"name": HOSTILE, "type": HOSTILE} for tensor in tensors_of(HOSTILE, done)]
     found = comparison_of(artifacts, HOSTILE) | {"name": HOSTILE}
     found["texts"]["evaluation"]["text"] = f"hub:{HOSTILE}"
     page = Page(report_html(found, tensors, blocks_of(HOSTILE, done)))
-    harmless = [row_of("q8-0", "gguf", "Q8_0", 8.5, 0.1, notes={"a": "b"}), *rows()[1:]]
+    harmless = [row_of("q8-0", "gguf", "Q8_0", 8.5, 0.1, notes={"a": "b"}, warnings=["c"]), *rows()[1:]]
     assert page.tags == page_of(harmless).tags
     assert len(page.scripts) == 1
     assert not [name for _, found in page.elements for name in found if name.startswith("on")]
@@ -143,6 +144,12 @@ def test_model_that_could_not_be_run_is_compared_by_its_weights() -> None:
     heads = [found["title"] for tag, found in page.elements if tag == "th" and "title" in found]
     assert not any("perplexity" in head for head in heads)
     assert "what the tensor computes" not in page.text
+
+
+def test_what_readers_do_otherwise_is_told_by_target() -> None:
+    warned = row_of("q8-0", "gguf", "Q8_0", 8.5, 0.1, warnings=["tokens are left out: <picture>"])
+    assert "Not as asked q8-0: tokens are left out: <picture>." in page_of([warned, *rows()[1:]]).text
+    assert "Not as asked" not in page_of(rows()).text
 
 
 def test_run_without_any_artifact_still_has_a_report() -> None:

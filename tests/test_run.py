@@ -18,6 +18,7 @@ from gguf import GGUFReader
 from converter import manifest as manifests
 from converter.progress import Event
 from jobs.convert import Refused, Run, convert, plan
+from jobs.show import plan_json
 from small_run import ROOT, TARGETS, write_manifest, write_model
 
 
@@ -205,6 +206,23 @@ def test_exit_codes_and_messages_of_the_command_line(tmp_path: Path) -> None:
     assert hubmill("convert").returncode == 2
     assert hubmill("nonsense").returncode == 2
     assert hubmill("--help").returncode == 0
+
+
+def test_what_readers_do_otherwise_is_told_from_the_plan_to_the_card(tmp_path: Path) -> None:
+    tokenizer = write_model(tmp_path / "model", layers=1) / "tokenizer.json"
+    content = json.loads(tokenizer.read_text("utf-8"))
+    tokenizer.write_text(json.dumps(content | {"normalizer": {"type": "NFC"}}), "utf-8")
+    write_manifest(tmp_path, {"q8-0": TARGETS["q8-0"], "int8": TARGETS["int8"]})
+    run, display = a_run(tmp_path, "out"), Quiet()
+    told = {job["job"]: job["notes"] for job in plan_json(run, plan(run))["jobs"]}
+    (said,) = told["model/q8-0"]
+    assert "do not normalise text (NFC)" in said and told["model/int8"] == []
+    assert convert(run, display).exit_code == 0
+    assert [event.subject for event in display.events if said in event.note] == ["model/q8-0"]
+    rows = json.loads((tmp_path / "out" / "small" / "comparison.json").read_text())["artifacts"]
+    assert {row["target"]: row["warnings"] for row in rows} == {"q8-0": [said], "int8": []}
+    assert f"- {said}." in (tmp_path / "out" / "small" / "model" / "q8-0" / "README.md").read_text("utf-8")
+    assert said in (tmp_path / "out" / "small" / "report.html").read_text("utf-8")
 
 
 def test_disk_too_small_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

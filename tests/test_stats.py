@@ -113,6 +113,14 @@ def test_packed_statistics_come_back_bit_for_bit(gram: bool) -> None:
         assert one.gram is None or torch.equal(back[tap].gram, one.gram)
 
 
+def test_gram_matrices_can_be_left_where_they_are() -> None:
+    packed = pack({"mlp_middle": observe(rows(9, 5), True)})
+    expected = packed["mlp_middle/sum_squares"]
+    packed["mlp_middle/gram_upper"] = torch.empty(0)  # it would not come back from this
+    back = unpack(packed, gram=False)["mlp_middle"]
+    assert back.gram is None and torch.equal(back.sum_squares, expected)
+
+
 def test_packed_gram_is_half_a_matrix() -> None:
     assert pack({"tap": observe(rows(4, 10), True)})["tap/gram_upper"].numel() == 55
 

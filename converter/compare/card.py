@@ -65,6 +65,7 @@ def card_text(
         _figures(row, evaluation),
         _how_made(row, target, calibration),
         _how_loaded(row, target, repo),
+        _warnings(row),
         _notes(row),
         _checksums(row),
     ]
@@ -310,6 +311,12 @@ def _how_loaded(row: Mapping[str, Any], target: Target, repo: str) -> str:
     for snippet in LOADING[target.format](row, target, place):
         lines += [snippet.said, "", f"```{snippet.language}", *snippet.lines, "```", ""]
     return "\n".join(lines)
+
+
+def _warnings(row: Mapping[str, Any]) -> str:
+    """Where readers of the whole artifact compute something else than with the original."""
+    lines = [f"- {plain(text)}." for text in row.get("warnings", ())]
+    return "\n".join(["## What readers do otherwise", "", *lines, ""]) if lines else ""
 
 
 def _notes(row: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from converter.architecture import Architecture
 from converter.blocks import Decoder
 from converter.compare.metrics import Difference, TokenFigures, difference, summary, token_figures
 from converter.containers import Opened
+from converter.errors import NumericsError
 
 Report = Callable[[float], None]
 Read = Callable[[str], Tensor]
@@ -54,6 +55,7 @@ def reference(decoder: Decoder, rows_NT: Tensor, original: Original, folder: Pat
     tensor_file.save(hidden_file(folder, 0), {"hidden": hidden})
     for block in range(decoder.blocks):
         hidden = decoder.run_block(block, block_tensors(original, block), hidden)
+        check_hidden(hidden, f"{decoder.where} block {block}", "Check the model's weights for overflow in f32")
         tensor_file.save(hidden_file(folder, block + 1), {"hidden": hidden})
         report((block + 1) / (decoder.blocks + 1))
     figures = [
@@ -62,6 +64,15 @@ def reference(decoder: Decoder, rows_NT: Tensor, original: Original, folder: Pat
     ]
     found = summary(figures)
     return {"perplexity": found["perplexity"], "tokens": int(found["tokens"])}
+
+
+def check_hidden(hidden: Tensor, where: str, remedy: str) -> None:
+    """Raise NumericsError when a hidden state [N, T, D] holds NaN or an infinity: no figure could follow from it."""
+    broken = sum(1 for row in hidden if not bool(torch.isfinite(row).all()))
+    if broken:
+        raise NumericsError(
+            where, f"the hidden state behind it is not finite in {broken} of {len(hidden)} sequences", remedy
+        )
 
 
 def block_tensors(original: Original, block: int) -> dict[str, Tensor]:
@@ -86,6 +97,8 @@ def measure(
         hidden = decoder.embed(rows_NT, {name: opened.read(name) for name in decoder.input_names})
         for block in range(decoder.blocks):
             hidden, rows, deviation = _measure_block(original, opened, decoder, block, hidden)
+            what_to_do = "The original's is; store the largest weights of this block in a wider type with rules:"
+            check_hidden(hidden, f"{decoder.where} block {block} as read back", what_to_do)
             tensors.extend(rows)
             blocks.append({"block": block, "relative_mse": deviation.relative_mse, "cosine": deviation.cosine})
             report((block + 1) / (decoder.blocks + 1))

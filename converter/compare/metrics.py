@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 RUN = 4096  # elements whose products are summed in f32
+SAFE = 1e-15  # squares of values between this and its inverse, 4096 of them summed, are f32's own
 SLICE = RUN << 10  # elements taken at once, so that the copies stay small beside the tensors
 
 
@@ -60,6 +61,8 @@ def difference(original: Tensor, copy: Tensor) -> Difference:
     for start, stop in [*((at, min(at + SLICE, whole)) for at in range(0, whole, SLICE)), (whole, first.numel())]:
         width = RUN if stop <= whole else max(1, stop - start)
         a, b = first[start:stop].reshape(-1, width), second[start:stop].reshape(-1, width)
+        if a.numel() and not SAFE < float(torch.stack([*a.aminmax(), *b.aminmax()]).abs().max()) < 1 / SAFE:
+            a, b = a.double(), b.double()  # squares of such values leave f32
         error = a - b
         total += Difference(
             original_squares=_dot(a, a),

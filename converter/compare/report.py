@@ -226,6 +226,7 @@ def _model(
             for row in done
             for text, names in wording.group_notes(row.get("notes", {})).items()
         ],
+        "warnings": [(row["target"], text) for row in done for text in row.get("warnings", ())],
         "tokens": source.get("tokens"),
         "done": len(done),
     }

@@ -14,6 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from converter.errors import SourceError
+
 FORMAT_VERSION = 1
 ARTIFACT_SCHEMA = pa.schema(
     [
@@ -104,9 +106,16 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 
 def read_comparison(run: Path) -> dict[str, Any] | None:
-    """The comparison.json of a run; None when there is none yet."""
+    """The comparison.json of a run; None when there is none yet. Raises SourceError when it is none of ours."""
     path = run / "comparison.json"
     if not path.is_file():
         return None
-    data: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return data
+    try:
+        data: Any = json.loads(path.read_text("utf-8"))
+        what = "" if data["format_version"] == FORMAT_VERSION else f"it is not of format version {FORMAT_VERSION}"
+    except (ValueError, TypeError, KeyError) as error:
+        what = f"it is damaged: {error}"
+    if what:
+        raise SourceError(str(path), what, "Run hubmill convert again, which writes it anew")
+    comparison: dict[str, Any] = data
+    return comparison

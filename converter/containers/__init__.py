@@ -45,13 +45,15 @@ class ArtifactPlan:
     """One artifact: its tensors in the order they are stored, and its weight files with their sizes.
 
     exact: whether sizes are to the byte; compressed Parquet can only be bounded from above.
-    dropped: checkpoint tensors that are left out, with the reason.
+    dropped: checkpoint tensors that are left out, with the reason. notes: where readers of the artifact compute
+    something else than transformers does with the original, a sentence each without full stop.
     """
 
     tensors: tuple[TensorPlan, ...]
     files: Mapping[str, int]
     exact: bool
     dropped: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 # Gives the parts (see converter/grids) of a planned tensor, by its name in the artifact.

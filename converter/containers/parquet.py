@@ -12,6 +12,7 @@ for F16 weights. The alternative, F32 as in the older schema, costs 0.5 bits a w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -86,7 +87,11 @@ class Parquet:
         folder: Path,
     ) -> None:
         """Write the table and the model's small files into `folder`, one row group in memory at a time."""
-        copy_small_files(snapshot, folder)
+        stale = "quantization_config" in snapshot.config  # about the source's codes, which came multiplied out
+        copy_small_files(snapshot, folder, without=("config.json",) if stale else ())
+        if stale:
+            config = {key: value for key, value in snapshot.config.items() if key != "quantization_config"}
+            (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
         last: tuple[str, Mapping[str, Tensor]] = ("", {})
         for file, groups in _layout(plan.tensors).items():
             with (folder / file).open("wb") as out:

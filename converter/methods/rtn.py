@@ -19,6 +19,9 @@ from converter.grids.affine import AffineGrid
 from converter.grids.plain import PlainGrid
 from converter.methods import Block, Options, Rounded
 
+DARK = 1e-6  # of the mean importance: what a column keeps that calibration never lit
+SEEN = 1e-30  # a mean square below this is f32's dust, not an input
+
 
 def round_to_nearest(block: Block, grids: Mapping[str, Grid], options: Options) -> Rounded:
     """Every tensor of the block on its grid; with options.importance, errors are weighed by mean squared activations.
@@ -36,9 +39,16 @@ def round_to_nearest(block: Block, grids: Mapping[str, Grid], options: Options) 
 
 
 def importance_of(block: Block, name: str) -> Tensor | None:
-    """The mean square [I] f32 of each input column of the linear with weight `name`; None when it has no statistics."""
+    """The mean square [I] f32 of each input column of the linear with weight `name`; None when nothing was seen of it.
+
+    A column that stayed dark keeps a millionth of the mean: with none, its weights would cost nothing and become zero.
+    """
     stats = block.stats_of(name)
-    return None if stats is None else (stats.sum_squares / stats.rows).to(torch.float32)
+    if stats is None:
+        return None
+    mean_squares = (stats.sum_squares / stats.rows).to(torch.float32)
+    average = float(mean_squares.mean())
+    return mean_squares.clamp(min=DARK * average) if average > SEEN else None
 
 
 def is_quantized(weight: Tensor, grid: Grid) -> bool:

@@ -24,9 +24,12 @@ class Family:
     """A family as GGUF stores it.
 
     architecture: GGUF's name of it. norms: the block's modules that are no linears. biases: modules that may have one.
-    operations: by module, "rope_permute KEY" with the GGUF key that holds the number of heads. integers, floats:
-    metadata by key without the architecture's prefix; optional: integers left out when config.json has none. rope:
-    kinds of rope scaling that the reader knows. requires: config values that the reader takes for granted.
+    operations: by module, "rope_permute KEY" with the GGUF key that holds the number of heads, or "add 1".
+    integers, floats: metadata by key without the architecture's prefix; optional: integers left out when config.json
+    has none. rope: kinds of rope scaling that the reader knows. requires: config values that the reader takes for
+    granted. derived: those that it works out from others, by the number of layers (0: all that are not named).
+    full_attention_every: one layer in so many sees the whole context, the others a sliding window (0: all see it).
+    ignored_windows: config paths of sliding windows that the reader does without.
     """
 
     architecture: str
@@ -38,6 +41,9 @@ class Family:
     optional: Mapping[str, Lookup]
     rope: tuple[str, ...]
     requires: Mapping[str, Sequence[Any]]
+    derived: Mapping[str, Mapping[int, Lookup]]
+    full_attention_every: int
+    ignored_windows: tuple[str, ...]
 
 
 def family_of(architecture: Architecture | None, where: str) -> Family:
@@ -58,6 +64,9 @@ def family_of(architecture: Architecture | None, where: str) -> Family:
         optional=section.get("optional", {}),
         rope=tuple(section.get("rope", ("default",))),
         requires=section.get("requires", {}),
+        derived=section.get("derived", {}),
+        full_attention_every=section.get("full_attention_every", 0),
+        ignored_windows=tuple(section.get("ignored_windows", ())),
     )
 
 
@@ -92,15 +101,41 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_requirements(family: Family, config: Mapping[str, Any], where: str) -> None:
+def check_requirements(family: Family, config: Mapping[str, Any], layers: int, where: str) -> None:
     """Raise UnsupportedError when config.json asks for a computation that the reader of this family does not do."""
+
+    def refuse(path: str, value: object, taken: str) -> UnsupportedError:
+        asked = repr(value) if len(repr(value)) <= 80 else "something else"
+        what = f"config.json sets {path} to {asked}, and readers of GGUF compute {family.architecture} with {taken}"
+        return UnsupportedError(where, what, "Choose another format for this model")
+
     for path, allowed in family.requires.items():
         value = find(config, path)
         if value is not None and value not in allowed:
-            what = f"config.json sets {path} to {value!r}, and readers of GGUF compute {family.architecture} with "
-            raise UnsupportedError(
-                where, what + " or ".join(map(repr, allowed)), "Choose another format for this model"
-            )
+            raise refuse(path, value, " or ".join(map(repr, allowed)))
+    for path, rules in family.derived.items():
+        value, derived = find(config, path), look_up(config, rules.get(layers, rules[0]))
+        if value != derived:
+            raise refuse(path, value, repr(derived))
+    every = family.full_attention_every
+    if every:
+        kinds = ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(layers)]
+        taken = f"full attention in the last of every {every} layers, a sliding window in the others"
+        for path, wanted in (("layer_types", kinds), ("sliding_window_pattern", every)):
+            value = find(config, path)
+            if value is not None and value != wanted:
+                raise refuse(path, value, taken)
+
+
+def unread(family: Family, config: Mapping[str, Any], context: int) -> tuple[str, ...]:
+    """What config.json says and the reader does without, a sentence each; context is the declared context length."""
+    windows = [look_up(config, [path]) for path in family.ignored_windows]
+    return tuple(
+        f"readers of GGUF let a token see all before it and not the last {window} only, so contexts longer than that "
+        "give other results than in transformers"
+        for window in windows
+        if window is not None and window < context
+    )
 
 
 def hyper_parameters(family: Family, config: Mapping[str, Any], where: str) -> tuple[dict[str, int], dict[str, float]]:
@@ -158,6 +193,7 @@ def rope_scaling(
     Divisors: Llama 3.1's rule, as in transformers (modeling_rope_utils, "llama3").
     """
     settings = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    settings = settings.get("full_attention", settings)  # Gemma 3; its layers with a window have none, see `requires`
     kind = settings.get("rope_type", settings.get("type")) or "default"
     partial = settings.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     unknown = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if settings.get(name) is not None]

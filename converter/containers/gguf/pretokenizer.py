@@ -46,8 +46,7 @@ DEEPSEEK3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 DEEPSEEK_CODER = ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")
-# HF's normalizers that change nothing in text as it is usually written; readers of GGUF do not normalize at all, so
-# text with decomposed letters gets other tokens there than in transformers. llama.cpp's own converter accepts that.
+# HF's normalizers that change nothing in text as it is usually written, which llama.cpp's own converter accepts too.
 HARMLESS_NORMALIZERS = ("NFC",)
 
 
@@ -115,6 +114,22 @@ def recognise(tokenizer: Mapping[str, Any], cleans: bool, where: str) -> str:
         )
         raise UnsupportedError(where, what, ELSEWHERE)
     return min(same or alike, key=lambda row: row.cleans != cleans).name
+
+
+def differences(tokenizer: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """What readers do otherwise than transformers with text that `tokenizer`, recognised as `name`, is for."""
+    found: list[str] = []
+    if any(row.name == name and not row.exact for row in SPLITTINGS):
+        found.append(
+            f"llama.cpp's splitting '{name}' only comes near the tokenizer's: it takes every letter but a to z for "
+            "upper case and splits before combining marks, so such words get other tokens than in transformers"
+        )
+    if steps := flatten(tokenizer.get("normalizer"), "normalizers"):
+        found.append(
+            f"readers of GGUF do not normalise text ({', '.join(step['type'] for step in steps)}), so letters written "
+            "with combining marks get other tokens than in transformers"
+        )
+    return tuple(found)
 
 
 def splits(tokenizer: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -2,10 +2,11 @@
 
 Names come from gguf-py's own map from checkpoint names, so that a file is laid out as every reader expects. Row
 operations work on encoded rows: ggml encodes each row by itself, so moving rows before or after encoding is the same,
-and whatever rounds a tensor sees it as the checkpoint has it. The operation that exists, rope_permute, brings q and k
-from transformers' order (first halves, then second halves of each head) into the interleaved order of ggml's llama.
+and whatever rounds a tensor sees it as the checkpoint has it. Two exist: rope_permute brings q and k from transformers'
+order (first halves, then second halves of each head) into the interleaved order of ggml's llama; add is for vectors
+stored as F32, such as Gemma's norms, which multiply by one more than the checkpoint holds.
 
-Sources: gguf-py's tensor_mapping; llama.cpp's conversion of LlamaForCausalLM.
+Sources: gguf-py's tensor_mapping; llama.cpp's conversion of LlamaForCausalLM and Gemma2ForCausalLM.
 """
 
 # O out, I in, H heads, B bytes of an encoded row
@@ -58,7 +59,7 @@ def named(family: Family, architecture: Architecture, blocks: int, integers: Map
         operation = family.operations.get(module, "")
         if operation:
             verb, _, key = operation.partition(" ")
-            operation = f"{verb}:{integers[key]}"
+            operation = f"{verb}:{integers.get(key, key)}"
         return Named(source=prefix + module + ending, name=name + ending, operation=operation, norm=module in norms)
 
     yield entry("", architecture.embedding, ".weight")
@@ -68,7 +69,8 @@ def named(family: Family, architecture: Architecture, blocks: int, integers: Map
             if module in family.biases:
                 yield entry(architecture.prefix(b), module, ".bias")
     yield entry("", architecture.final_norm, ".weight")
-    yield entry("", architecture.head, ".weight")
+    if names.get_name(architecture.head) is not None:  # Gemma 2 has no head beside the embedding
+        yield entry("", architecture.head, ".weight")
 
 
 def plan_tensors(
@@ -187,7 +189,8 @@ def _expected(integers: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in linears.items():
         found |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    found |= dict.fromkeys(("attn_norm.weight", "ffn_norm.weight", "output_norm.weight"), (width,))
+    norms = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm", "output_norm")
+    found |= {f"{name}.weight": (width,) for name in norms}
     found |= dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), (integers["attention.key_length"],))
     found |= dict.fromkeys(("token_embd.weight", "output.weight"), (vocabulary, width))
     return found
@@ -195,22 +198,26 @@ def _expected(integers: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
 
 def apply_operation(operation: str, rows: Tensor) -> Tensor:
     """`rows` [O, B] u8 (or any row vectors) as the file has them; an empty operation leaves them alone."""
-    return _permute(rows, operation, forward=True)
+    return _changed(rows, operation, forward=True)
 
 
 def undo_operation(operation: str, rows: Tensor) -> Tensor:
     """`rows` [O, ...] as the checkpoint has them: the inverse of apply_operation."""
-    return _permute(rows, operation, forward=False)
+    return _changed(rows, operation, forward=False)
 
 
-def _permute(rows: Tensor, operation: str, forward: bool) -> Tensor:
+def _changed(rows: Tensor, operation: str, forward: bool) -> Tensor:
+    verb, _, number = operation.partition(":")
+    if verb == "add":
+        values = rows.contiguous().view(torch.float32)
+        return (values + (float(number) if forward else -float(number))).view(rows.dtype)
     if not operation:
         return rows
-    verb, _, heads = operation.partition(":")
     assert verb == "rope_permute", operation
-    count = len(rows) // int(heads)
+    heads = int(number)
+    count = len(rows) // heads
     parts = (2, count // 2) if forward else (count // 2, 2)
-    return rows.reshape(int(heads), *parts, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+    return rows.reshape(heads, *parts, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def file_rows(plan: TensorPlan, blocks: Tensor) -> Tensor:

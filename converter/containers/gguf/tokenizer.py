@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from converter.containers.gguf.header import Field, boolean, f32s, i32s, string, strings, u32
-from converter.containers.gguf.pretokenizer import ELSEWHERE, flatten, is_byte_level, pairs, recognise, shorten
+from converter.containers.gguf.pretokenizer import (
+    ELSEWHERE,
+    differences,
+    flatten,
+    is_byte_level,
+    pairs,
+    recognise,
+    shorten,
+)
 from converter.errors import SourceError, UnsupportedError
 
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -52,32 +60,45 @@ class Files:
     templates: Mapping[str, str]
 
 
-def tokenizer_fields(folder: Path, config: Mapping[str, Any], rows: int, where: str) -> dict[str, Field]:
-    """GGUF's `tokenizer.*` metadata for the model in `folder`, padded to `rows` tokens, the rows of its embedding.
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """A tokenizer as GGUF's `tokenizer.*` metadata; notes: what readers do otherwise than transformers."""
+
+    fields: Mapping[str, Field]
+    notes: tuple[str, ...]
+
+
+def describe_tokenizer(folder: Path, config: Mapping[str, Any], rows: int, where: str) -> Described:
+    """The tokenizer of the model in `folder`, padded to `rows` tokens, the rows of its embedding.
 
     Raises SourceError when the tokenizer is missing, broken or larger than the embedding, UnsupportedError when readers
     of GGUF have no way to split text as it does.
     """
     files = read_files(folder, config, where)
     try:
-        return definition_fields(files, rows, where)
+        return describe(files, rows, where)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # of JSON laid out in another way
         what = f"tokenizer.json is not laid out as the tokenizers library does: {type(error).__name__}: {error}"
         raise SourceError(where, what, "Save the tokenizer again") from error
 
 
-def definition_fields(files: Files, rows: int, where: str) -> dict[str, Field]:
-    """See tokenizer_fields."""
+def describe(files: Files, rows: int, where: str) -> Described:
+    """See describe_tokenizer."""
     model = files.tokenizer["model"]
     if model.get("type", "BPE") != "BPE" or model.get("end_of_word_suffix") or model.get("continuing_subword_prefix"):
         what = f"the tokenizer's model is {model.get('type')}, and only plain BPE is stored in GGUF"
         raise UnsupportedError(where, what, ELSEWHERE)
     tokens, kinds = vocabulary(files, rows, where)
     fields: dict[str, Field] = {}
+    notes: list[str] = []
+    if homeless := without_row(files, rows):
+        notes.append(f"tokens that have no row in the embedding are left out: {shorten(', '.join(homeless))}")
     if is_byte_level(files.tokenizer):
         cleans = bool(files.settings.get("clean_up_tokenization_spaces", False))
+        name = recognise(files.tokenizer, cleans, where)
+        notes += differences(files.tokenizer, name)
         fields["tokenizer.ggml.model"] = string("gpt2")
-        fields["tokenizer.ggml.pre"] = string(recognise(files.tokenizer, cleans, where))
+        fields["tokenizer.ggml.pre"] = string(name)
         fields["tokenizer.ggml.merges"] = strings([f"{left} {right}" for left, right in pairs(model["merges"])])
     elif model.get("byte_fallback"):
         fields["tokenizer.ggml.model"] = string("llama")
@@ -94,7 +115,8 @@ def definition_fields(files: Files, rows: int, where: str) -> dict[str, Field]:
         raise UnsupportedError(where, what, ELSEWHERE)
     fields["tokenizer.ggml.tokens"] = strings(tokens)
     fields["tokenizer.ggml.token_type"] = i32s([int(kind) for kind in kinds])
-    return fields | special_fields(files, tokens, where) | template_fields(files)
+    fields |= special_fields(files, tokens, where) | template_fields(files)
+    return Described(fields=fields, notes=tuple(notes))
 
 
 def read_files(folder: Path, config: Mapping[str, Any], where: str) -> Files:
@@ -144,6 +166,13 @@ def read_templates(folder: Path, settings: Mapping[str, Any], where: str) -> dic
     return found
 
 
+def without_row(files: Files, rows: int) -> list[str]:
+    """Added tokens beyond the embedding's `rows`, such as the picture tokens in tokenizers of Gemma 3's text models."""
+    vocabulary = files.tokenizer["model"]["vocab"]
+    added = files.tokenizer.get("added_tokens") or []
+    return [str(token["content"]) for token in added if rows <= token["id"] and token["content"] not in vocabulary]
+
+
 def vocabulary(files: Files, rows: int, where: str) -> tuple[list[str], list[Kind]]:
     """Tokens and their kinds by id, one for each of the embedding's `rows`; ids that nothing uses are padded."""
     by_id: dict[int, str] = {int(number): token for token, number in files.tokenizer["model"]["vocab"].items()}
@@ -151,6 +180,8 @@ def vocabulary(files: Files, rows: int, where: str) -> tuple[list[str], list[Kin
     unknown = files.tokenizer["model"].get("unk_token")
     for added in files.tokenizer.get("added_tokens") or []:
         number, content = int(added["id"]), str(added["content"])
+        if number >= rows and number not in by_id:
+            continue  # see without_row
         by_id[number] = content
         special = added.get("special") or LOOKS_SPECIAL.fullmatch(content)
         kinds[number] = Kind.CONTROL if special else Kind.USER_DEFINED
@@ -205,15 +236,19 @@ def scores(model: Mapping[str, Any], tokens: list[str], kinds: list[Kind], where
     """Scores that make SentencePiece's rule, join the pair whose token scores highest, follow the merges.
 
     The rule knows tokens only, so it is the same exactly when every pair that makes a token is a merge and all merges
-    that make a token stand together. A token that no merge makes is scored by its id, as SentencePiece does:
-    conversions of Llama's tokenizer lost the merge of the one token whose score was zero, and its own reader has it.
+    that make a token stand together. User-defined tokens are cut out of the text before it and take no part. A token
+    that no merge makes is scored by its id, as SentencePiece does: conversions of Llama's tokenizer lost the merge of
+    the one token whose score was zero, and its own reader has it.
     Raises UnsupportedError when a merge list says otherwise.
     """
     merges = pairs(model["merges"])
+    apart = {token for token, kind in zip(tokens, kinds, strict=True) if kind == Kind.USER_DEFINED}
     made: dict[str, int] = {}
     last = ""
     for left, right in merges:
         token = left + right
+        if token in apart:
+            continue
         if token != last and token in made:
             what = f"the merges that make '{token}' do not stand together, and GGUF stores one score for a token"
             raise UnsupportedError(where, what, ELSEWHERE)
@@ -221,7 +256,7 @@ def scores(model: Mapping[str, Any], tokens: list[str], kinds: list[Kind], where
         last = token
     ids = {token: number for number, token in enumerate(tokens)}
     by_id = all(ids[first] < ids[second] for first, second in pairwise(made))
-    known, listed = set(model["vocab"]), set(merges)
+    known, listed = set(model["vocab"]) - apart, set(merges)
     for token, kind in zip(tokens, kinds, strict=True):
         if kind != Kind.NORMAL or (by_id and token not in made):
             continue

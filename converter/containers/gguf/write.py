@@ -24,12 +24,13 @@ from converter.containers.gguf.family import (
     family_of,
     hyper_parameters,
     rope_scaling,
+    unread,
 )
 from converter.containers.gguf.header import Stored, compose, file_size, padded, place, read_head
 from converter.containers.gguf.metadata import general_fields, hyper_fields, model_name
 from converter.containers.gguf.mixture import MIXTURES
 from converter.containers.gguf.tensors import FREQUENCIES, file_rows, plan_tensors, torch_bytes
-from converter.containers.gguf.tokenizer import tokenizer_fields
+from converter.containers.gguf.tokenizer import describe_tokenizer
 from converter.errors import SourceError, UnsupportedError
 from converter.manifest import Target
 from converter.source import Snapshot
@@ -51,8 +52,8 @@ def know(snapshot: Snapshot, architecture: Architecture | None, target: Target) 
     family = family_of(architecture, where)
     if target.type not in MIXTURES:
         raise UnsupportedError(where, f"GGUF files of type {target.type} are not made", f"Choose {', '.join(MIXTURES)}")
-    check_requirements(family, snapshot.config, where)
     integers, floats = hyper_parameters(family, snapshot.config, where)
+    check_requirements(family, snapshot.config, integers["block_count"], where)
     scaling = rope_scaling(
         family,
         snapshot.config,
@@ -74,24 +75,33 @@ def plan(snapshot: Snapshot, architecture: Architecture | None, target: Target) 
     known = know(snapshot, architecture, target)
     assert architecture is not None  # know() has refused it
     tensors, dropped = plan_tensors(snapshot, architecture, known.family, target, known.integers)
-    head, placed = lay_out(snapshot, known, target, tensors)
-    files = {file_name(snapshot, target): file_size(head, placed)}
-    return ArtifactPlan(tensors=tensors, files=files, exact=True, dropped=dropped)
+    layout = lay_out(snapshot, known, target, tensors)
+    files = {file_name(snapshot, target): file_size(layout.head, layout.placed)}
+    notes = unread(known.family, snapshot.config, known.integers["context_length"]) + layout.notes
+    return ArtifactPlan(tensors=tensors, files=files, exact=True, dropped=dropped, notes=notes)
 
 
-def lay_out(
-    snapshot: Snapshot, known: Known, target: Target, tensors: Sequence[TensorPlan]
-) -> tuple[bytes, tuple[Stored, ...]]:
-    """The file's head and the places of its tensors, those that have no source in the checkpoint first."""
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The file's head and the places of its tensors; notes: what readers do otherwise with text."""
+
+    head: bytes
+    placed: tuple[Stored, ...]
+    notes: tuple[str, ...]
+
+
+def lay_out(snapshot: Snapshot, known: Known, target: Target, tensors: Sequence[TensorPlan]) -> Layout:
+    """The layout of the file, tensors that have no source in the checkpoint first."""
     where = f"{snapshot.repo} (target {target.name})"
     fields = general_fields(snapshot, known.family, target, tensors)
     fields |= hyper_fields(known.family, known.integers, known.floats, known.scaling)
-    fields |= tokenizer_fields(snapshot.folder, snapshot.config, known.integers["vocab_size"], where)
+    tokenizer = describe_tokenizer(snapshot.folder, snapshot.config, known.integers["vocab_size"], where)
+    fields |= tokenizer.fields
     entries = [(tensor.name, tensor.shape, tensor.grid.name) for tensor in tensors]
     if known.scaling.divisors:
         entries.insert(0, (FREQUENCIES, (len(known.scaling.divisors),), "F32"))
     placed = place(entries)
-    return compose(fields, placed), placed
+    return Layout(head=compose(fields, placed), placed=placed, notes=tokenizer.notes)
 
 
 def write(
@@ -107,23 +117,23 @@ def write(
     Raises SourceError when the model's small files are no longer those that were planned.
     """
     known = know(snapshot, architecture, target)
-    head, placed = lay_out(snapshot, known, target, plan.tensors)
-    name, size = file_name(snapshot, target), file_size(head, placed)
+    layout = lay_out(snapshot, known, target, plan.tensors)
+    name, size = file_name(snapshot, target), file_size(layout.head, layout.placed)
     if plan.files != {name: size}:
         what = f"the file would have {size} bytes and was planned with {plan.files.get(name)}"
         raise SourceError(snapshot.repo, what, "The model's small files changed since planning: plan anew")
     planned = {tensor.name: tensor for tensor in plan.tensors}
     path = folder / name
     with path.open("wb") as file:
-        file.write(head)
-        for stored in placed:
+        file.write(layout.head)
+        for stored in layout.placed:
             tensor = planned.get(stored.name)
             rows = file_rows(tensor, parts(stored.name)["blocks"]) if tensor else torch_bytes(known.scaling.divisors)
             file.write(_checked(rows, stored))
             file.write(bytes(padded(stored.size_bytes) - stored.size_bytes))
         file.flush()
         os.fsync(file.fileno())
-    verify(path, placed, size)
+    verify(path, layout.placed, size)
 
 
 def _checked(rows: Tensor, stored: Stored) -> memoryview:

@@ -8,16 +8,15 @@ of a tie.
 # O out, I in, G groups of a row, C columns of the block, R rows of a tile.
 """
 
-# mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 
+from quantkernels.compiling import kernel
 from quantkernels.rows import over_rows
 
 Floats = NDArray[np.float32]
@@ -49,14 +48,15 @@ def solve(
         inside = slice(first, last)
         _solve_rows(
             threads,
-            left_OI[:, inside],
+            first,
+            left_OI,
             np.ascontiguousarray(factor_II[inside, inside]),
             scale_OG,
             zero_OG,
             group_I[inside],
             low,
             high,
-            codes_OI[:, inside],
+            codes_OI,
             push_OC,
             error_O,
         )
@@ -65,40 +65,45 @@ def solve(
 
 def _solve_rows(
     threads: int,
-    left_OC: Floats,
+    first: int,
+    left_OI: Floats,
     factor_CC: Floats,
     scale_OG: Floats,
     zero_OG: Floats,
     group_C: NDArray[np.int64],
     low: int,
     high: int,
-    codes_OC: NDArray[np.int8],
+    codes_OI: NDArray[np.int8],
     push_OC: Floats,
     error_O: NDArray[np.float64],
 ) -> None:
     def piece(top: int, bottom: int) -> None:
         rows = slice(top, bottom)
         grid = (scale_OG[rows], zero_OG[rows], group_C, np.float32(low), np.float32(high))
-        _solve_block(left_OC[rows], factor_CC, *grid, codes_OC[rows], push_OC[rows], error_O[rows])
+        solve_block(first, left_OI[rows], factor_CC, *grid, codes_OI[rows], push_OC[rows], error_O[rows])
 
-    over_rows(left_OC.shape[0], threads, piece)
+    over_rows(left_OI.shape[0], threads, piece)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _solve_block(
-    left_OC: Floats,
+@kernel
+def solve_block(
+    first: int,
+    left_OI: Floats,
     factor_CC: Floats,
     scale_OG: Floats,
     zero_OG: Floats,
     group_C: NDArray[np.int64],
     low: Any,
     high: Any,
-    codes_OC: NDArray[np.int8],
+    codes_OI: NDArray[np.int8],
     push_OC: Floats,
     error_O: NDArray[np.float64],
 ) -> None:
-    """Rounds one block of columns: fills codes_OC and push_OC, and adds to error_O."""
-    rows, columns = left_OC.shape
+    """Rounds the block of columns that begins at `first`: fills its codes and push_OC, and adds to error_O.
+
+    Takes whole rows: a slice of columns is contiguous or not by its width, which would be two types of one kernel.
+    """
+    rows, columns = push_OC.shape
     tile_CR = np.zeros((columns, LANES), np.float32)
     scale_R, zero_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     push_R, steps_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
@@ -106,7 +111,7 @@ def _solve_block(
         used = min(LANES, rows - top)
         for r in range(used):
             for i in range(columns):
-                tile_CR[i, r] = left_OC[top + r, i]
+                tile_CR[i, r] = left_OI[top + r, first + i]
         for i in range(columns):
             for r in range(used):
                 scale_R[r] = scale_OG[top + r, group_C[i]]
@@ -126,6 +131,6 @@ def _solve_block(
                 for r in range(LANES):
                     tile_CR[j, r] -= push_R[r] * share
             for r in range(used):
-                codes_OC[top + r, i] = np.int8(steps_R[r] + zero_R[r])
+                codes_OI[top + r, first + i] = np.int8(steps_R[r] + zero_R[r])
                 push_OC[top + r, i] = push_R[r]
                 error_O[top + r] += np.float64(push_R[r]) * np.float64(push_R[r])

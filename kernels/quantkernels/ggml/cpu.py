@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkernels.ggml.compiling import kernel
+from quantkernels.compiling import kernel
 from quantkernels.ggml.cpu_k_scale_min import quantize_scale_min
 from quantkernels.ggml.cpu_k_symmetric import quantize_q3_k, quantize_q6_k
 from quantkernels.ggml.cpu_legacy import quantize_by_range, quantize_by_search, quantize_q8_0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkernels.ggml.compiling import compiled, kernel
+from quantkernels.compiling import compiled, kernel
 from quantkernels.ggml.cpu_pack import pack_crumbs, pack_flags, pack_nibbles, place, split_high, weigh
 from quantkernels.ggml.cpu_search import (
     ZERO,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkernels.ggml.compiling import compiled, kernel
+from quantkernels.compiling import compiled, kernel
 from quantkernels.ggml.cpu_pack import pack_crumbs, pack_flags, pack_nibbles, place, split_high, weigh
 from quantkernels.ggml.cpu_search import (
     ONE,
@@ -118,6 +118,29 @@ def quantize_q6_k(rows: Floats, importance: Floats, columns: int, out: Bytes) ->
             pack_crumbs(high, out, at + 128)
 
 
+@compiled
+def fit_scales(found: Floats, codes: Floats) -> Lanes:
+    """Signed 6-bit codes for the scales by the symmetric search, weighted by the weight sums; gives d."""
+    scale, inverse = search_symmetric(found, found[2 * STRIDE :], 0, COUNT, 32)
+    for j in range(COUNT):
+        code = bounded_codes(inverse * load(found, j * WIDTH), np.float32(-32), np.float32(31))
+        store(codes, j * WIDTH, select(inverse == ZERO, np.float32(-32), code))
+    return scale
+
+
+@compiled
+def pack_scales(codes: Floats, lane: int, target: Bytes, at: int) -> None:
+    """The twelve bytes of one lane's sixteen 6-bit scales, stored plus 32: low nibbles, then high crumbs."""
+    for j in range(4):
+        target[at + 8 + j] = 0
+    for j in range(8):
+        first = int(codes[j * WIDTH + lane]) + 32
+        second = int(codes[(j + 8) * WIDTH + lane]) + 32
+        target[at + j] = (first & 15) | ((second & 15) << 4)
+        crumbs = ((first >> 4) << (2 * (j // 4))) | ((second >> 4) << (2 * (j // 4 + 2)))
+        target[at + 8 + j % 4] |= np.uint8(crumbs)
+
+
 @kernel
 def quantize_q3_k(rows: Floats, importance: Floats, columns: int, out: Bytes) -> None:
     """Q3_K of flat `rows` into flat `out`; importance may be empty."""
@@ -162,26 +185,3 @@ def quantize_q3_k(rows: Floats, importance: Floats, columns: int, out: Bytes) ->
             split_high(codes, high, np.float32(4))
             pack_flags(high, out, at)
             pack_crumbs(codes, out, at + 32)
-
-
-@compiled
-def fit_scales(found: Floats, codes: Floats) -> Lanes:
-    """Signed 6-bit codes for the scales by the symmetric search, weighted by the weight sums; gives d."""
-    scale, inverse = search_symmetric(found, found[2 * STRIDE :], 0, COUNT, 32)
-    for j in range(COUNT):
-        code = bounded_codes(inverse * load(found, j * WIDTH), np.float32(-32), np.float32(31))
-        store(codes, j * WIDTH, select(inverse == ZERO, np.float32(-32), code))
-    return scale
-
-
-@compiled
-def pack_scales(codes: Floats, lane: int, target: Bytes, at: int) -> None:
-    """The twelve bytes of one lane's sixteen 6-bit scales, stored plus 32: low nibbles, then high crumbs."""
-    for j in range(4):
-        target[at + 8 + j] = 0
-    for j in range(8):
-        first = int(codes[j * WIDTH + lane]) + 32
-        second = int(codes[(j + 8) * WIDTH + lane]) + 32
-        target[at + j] = (first & 15) | ((second & 15) << 4)
-        crumbs = ((first >> 4) << (2 * (j // 4))) | ((second >> 4) << (2 * (j // 4 + 2)))
-        target[at + 8 + j % 4] |= np.uint8(crumbs)

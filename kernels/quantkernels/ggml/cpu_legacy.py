@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkernels.ggml.compiling import compiled, kernel
+from quantkernels.compiling import compiled, kernel
 from quantkernels.ggml.cpu_search import (
     ONE,
     ZERO,
@@ -109,6 +109,35 @@ def quantize_q8_0(rows: Floats, out: Bytes) -> None:
                 store_bytes(out, at + 2 + i, round_half_away(within(scaled)))
 
 
+@compiled
+def range_codes(
+    rows: Floats, start: int, low: np.float32, inverse: np.float32, shift: np.float32, top: np.float32
+) -> Lanes:
+    """Sixteen codes: (x - low) * inverse + shift without its fraction, at most `top`."""
+    codes = whole(within((load(rows, start) - low) * inverse + shift))
+    return select(codes > top, top, codes)
+
+
+@compiled
+def mean_squares(rows: Floats, columns: int) -> Floats:
+    """The mean square of each row, added in order; sixteen rows at a time."""
+    count = len(rows) // columns
+    means = np.empty((count + WIDTH - 1) // WIDTH * WIDTH, np.float32)
+    tile = buffer(WIDTH)
+    offsets = np.empty(WIDTH, np.int64)
+    for first in range(0, count, WIDTH):
+        for k in range(WIDTH):
+            offsets[k] = min(first + k, count - 1) * columns
+        total = spread(ZERO)
+        for column in range(0, columns, WIDTH):
+            gather(rows[column:], offsets, WIDTH, tile)
+            for i in range(WIDTH):
+                value = load(tile, i * WIDTH)
+                total += value * value
+        store(means, first, total / np.float32(columns))
+    return means
+
+
 @kernel
 def quantize_by_range(rows: Floats, bits: int, with_minimum: bool, out: Bytes) -> None:
     """Q4_0, Q5_0 or, with a minimum, Q4_1, Q5_1 of flat `rows` into flat `out`, without importance."""
@@ -149,32 +178,16 @@ def quantize_by_range(rows: Floats, bits: int, with_minimum: bool, out: Bytes) -
 
 
 @compiled
-def range_codes(
-    rows: Floats, start: int, low: np.float32, inverse: np.float32, shift: np.float32, top: np.float32
+def searched_codes(
+    rows: Floats, start: int, inverse: np.float32, low: np.float32, limit: int, with_minimum: bool
 ) -> Lanes:
-    """Sixteen codes: (x - low) * inverse + shift without its fraction, at most `top`."""
-    codes = whole(within((load(rows, start) - low) * inverse + shift))
-    return select(codes > top, top, codes)
-
-
-@compiled
-def mean_squares(rows: Floats, columns: int) -> Floats:
-    """The mean square of each row, added in order; sixteen rows at a time."""
-    count = len(rows) // columns
-    means = np.empty((count + WIDTH - 1) // WIDTH * WIDTH, np.float32)
-    tile = buffer(WIDTH)
-    offsets = np.empty(WIDTH, np.int64)
-    for first in range(0, count, WIDTH):
-        for k in range(WIDTH):
-            offsets[k] = min(first + k, count - 1) * columns
-        total = spread(ZERO)
-        for column in range(0, columns, WIDTH):
-            gather(rows[column:], offsets, WIDTH, tile)
-            for i in range(WIDTH):
-                value = load(tile, i * WIDTH)
-                total += value * value
-        store(means, first, total / np.float32(columns))
-    return means
+    """Sixteen codes that the search ended with."""
+    value = load(rows, start)
+    if with_minimum:
+        return trial_codes(inverse * (value - low), np.float32(limit), True)
+    if inverse == ZERO:
+        return spread(ZERO)
+    return bounded_codes(inverse * value, np.float32(-limit), np.float32(limit - 1)) + np.float32(limit)
 
 
 @kernel
@@ -224,16 +237,3 @@ def quantize_by_search(
             first = searched_codes(rows, offsets[k], found[2 * WIDTH + k], low_k, limit, with_minimum)
             second = searched_codes(rows, offsets[k] + WIDTH, found[2 * WIDTH + k], low_k, limit, with_minimum)
             pack_codes(first, second, bits, out, at + field_bytes)
-
-
-@compiled
-def searched_codes(
-    rows: Floats, start: int, inverse: np.float32, low: np.float32, limit: int, with_minimum: bool
-) -> Lanes:
-    """Sixteen codes that the search ended with."""
-    value = load(rows, start)
-    if with_minimum:
-        return trial_codes(inverse * (value - low), np.float32(limit), True)
-    if inverse == ZERO:
-        return spread(ZERO)
-    return bounded_codes(inverse * value, np.float32(-limit), np.float32(limit - 1)) + np.float32(limit)

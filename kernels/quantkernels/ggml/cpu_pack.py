@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkernels.ggml.compiling import compiled
+from quantkernels.compiling import compiled
 from quantkernels.ggml.cpu_search import ONE, sum_of_squares
 from quantkernels.ggml.lanes import WIDTH, load, root, store, store_bytes, whole
 from quantkernels.ggml.layout import SUPER_BLOCK

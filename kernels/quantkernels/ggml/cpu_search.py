@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkernels.ggml.compiling import compiled
+from quantkernels.compiling import compiled
 from quantkernels.ggml.lanes import (
     WIDTH,
     Lanes,

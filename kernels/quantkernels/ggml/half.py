@@ -12,7 +12,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 from numpy.typing import NDArray
 
-from quantkernels.ggml.compiling import compiled, instruction
+from quantkernels.compiling import compiled, instruction
 
 
 @instruction

@@ -22,7 +22,7 @@ from numba.core.typing.templates import ConcreteTemplate, infer_global, signatur
 from numba.extending import lower_builtin, models, register_model
 from numpy.typing import NDArray
 
-from quantkernels.ggml.compiling import compiled, instruction
+from quantkernels.compiling import compiled, instruction
 
 WIDTH = 16
 

@@ -54,7 +54,7 @@ def search(
             rows.shape[0],
             threads,
             lambda first, last: cpu.search(
-                rows[first:last], share_I, group_size, *plan.numbers(), scale_OG[first:last], zero_OG[first:last]
+                rows[first:last], share_I, group_size, scale_OG[first:last], zero_OG[first:last], *plan.numbers()
             ),
         )
     return torch.from_numpy(scale_OG), torch.from_numpy(zero_OG).to(torch.int8)

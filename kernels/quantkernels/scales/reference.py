@@ -10,6 +10,7 @@ choice between candidates depends on.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +42,7 @@ class Plan:
     least_stop: np.float32
     by_crest: np.float32
 
-    def numbers(self) -> tuple[object, ...]:
+    def numbers(self) -> tuple[Any, ...]:
         """The fields as the numba kernel takes them."""
         bounds = (np.float32(self.low), np.float32(self.high), self.symmetric)
         return (*bounds, self.along, self.sign, self.offset, self.between, self.start, self.least_stop, self.by_crest)
