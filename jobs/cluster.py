@@ -17,6 +17,7 @@ from typing import Any
 import ray
 
 from converter.errors import UnsupportedError
+from converter.progress import bytes_text
 from jobs.steps import Outcome, run
 from jobs.store import Store
 from jobs.task import Task
@@ -28,7 +29,7 @@ RETRIES = 3
 class RayExecutor:
     """Runs tasks in Ray workers. address None: a cluster inside this process, gone when it is closed."""
 
-    def __init__(self, address: str | None, cpus: int, gpus: int = 0) -> None:
+    def __init__(self, address: str | None, cpus: int, memory_bytes: int, gpus: int = 0) -> None:
         # Usage statistics would be a call to the outside, and an unset auth mode writes a token file into the home
         # directory that later changes how other clusters start; both are read from the environment alone.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -38,7 +39,7 @@ class RayExecutor:
         if address is None:
             settings |= {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False}
             self._folder = tempfile.mkdtemp(prefix="hubmill-", dir="/tmp")  # a socket's path stays under 107 characters
-            settings |= {"object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": self._folder}
+            settings |= {"object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": self._folder, "_memory": memory_bytes}
             address = "local"
         try:
             ray.init(address=address, runtime_env={"env_vars": _worker_environment()}, **settings)
@@ -50,6 +51,7 @@ class RayExecutor:
             ) from error
         self._remote = ray.remote(run)
         self._running: dict[Any, Task] = {}
+        self._nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._cpus = int(ray.cluster_resources().get("CPU", 1))
 
     @property
@@ -57,12 +59,29 @@ class RayExecutor:
         """As many tasks as there are cores, and one more that is ready when a core comes free."""
         return self._cpus + 1
 
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Refuse what no node can hold: Ray would wait for such a node for ever, and in silence."""
+        for task in tasks:
+            memory, gpus = task.resources.memory_bytes, task.resources.gpus
+            if not any(node.get("memory", 0) >= memory and node.get("GPU", 0) >= gpus for node in self._nodes):
+                most = bytes_text(max((node.get("memory", 0) for node in self._nodes), default=0))
+                wanted = f"{bytes_text(memory)} of memory" + (f" and {gpus} GPU" if gpus else "")
+                what = f"{task.title} needs {wanted}, and no node has that (the most memory is {most})"
+                remedy = "Add a larger node, or take fewer or shorter calibration and evaluation rows"
+                raise UnsupportedError("Ray", what, remedy)
+
     def submit(self, task: Task, store: Store) -> None:
         needs = task.resources
+        widest = max((int(node.get("CPU", 0)) for node in self._nodes), default=1)
+        cpus = max(1, min(needs.cpus, widest))
         call = self._remote.options(
-            num_cpus=min(needs.cpus, self._cpus), num_gpus=needs.gpus, max_retries=RETRIES, name=task.title
+            num_cpus=cpus,
+            num_gpus=needs.gpus,
+            memory=needs.memory_bytes,
+            max_retries=RETRIES,
+            name=task.title,
         )
-        self._running[call.remote(task, store, needs.cpus)] = task
+        self._running[call.remote(task, store, cpus)] = task
 
     def wait(self, seconds: float) -> Sequence[Outcome]:
         if not self._running:
@@ -96,5 +115,8 @@ class RayExecutor:
 
 
 def _worker_environment() -> dict[str, str]:
-    """What workers need to find this code when it runs from a checkout."""
-    return {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    """What workers need to find this code when it runs from a checkout, and the hub that the plan was made with."""
+    found = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    if endpoint := os.environ.get("HF_ENDPOINT"):
+        found["HF_ENDPOINT"] = endpoint  # fetch and publish ask the same hub as the plan; tokens are each node's own
+    return found

@@ -23,11 +23,11 @@ from converter.manifest import Job, Manifest
 from converter.progress import Display, Event
 from converter.source import Snapshot
 from jobs.drive import Executor, InProcess, Progress, drive
-from jobs.planner import PlannedJob, Work
 from jobs.prepare import Prepared, Room, prepare, room, shortages, unreachable, unwritable
 from jobs.steps import open_hub, repo_kind
 from jobs.store import Store, write_json, write_text
 from jobs.task import Graph, Task
+from jobs.work import PlannedJob, Work
 
 Place = Literal["ray", "inprocess"]
 
@@ -123,9 +123,8 @@ def plan(run: Run) -> Ready:
     reasons += [str(lack) for lack in unwritable(run.store.run)]
     if run.address is not None:
         reasons += [str(lack) for lack in unreachable(run.address)]
-    else:
-        writes = any(graph.tasks[key].kind != "publish" for key in needed)
-        reasons += [str(lack) for lack in shortages(prepared.plan, here, writes, str(run.store.run))]
+    tasks = [graph.tasks[key] for key in needed]
+    reasons += [str(lack) for lack in shortages(tasks, here, run.address is None, str(run.store.run))]
     if needed:
         reasons += _hub_problems(run.manifest, [job for job in prepared.plan.jobs if job.subject in chosen])
     return Ready(
@@ -174,6 +173,7 @@ def convert(run: Run, display: Display) -> Result:
                 store.forget(key)  # what is there under this key is damaged: a finished, whole one is not needed
             executor = _executor(run, ready.room)
             try:
+                executor.check([graph.tasks[key] for key in ready.needed])
                 state = drive(graph, ready.needed, ready.done, executor, store, display.show)
             finally:
                 executor.close()
@@ -217,7 +217,7 @@ def _executor(run: Run, here: Room) -> Executor:
         return InProcess(here.cpus)
     from jobs.cluster import RayExecutor  # ray takes seconds to import and is not needed in-process
 
-    return RayExecutor(run.address, here.cpus, gpus=int(run.device == "cuda"))
+    return RayExecutor(run.address, here.cpus, here.usable_memory_bytes, gpus=int(run.device == "cuda"))
 
 
 def check_owner(run: Run) -> None:

@@ -27,6 +27,10 @@ class Executor(Protocol):
     @property
     def slots(self) -> int: ...
 
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Raise UnsupportedError when one of these tasks can never run here."""
+        ...
+
     def submit(self, task: Task, store: Store) -> None: ...
 
     def wait(self, seconds: float) -> Sequence[Outcome]:
@@ -39,13 +43,16 @@ class Executor(Protocol):
 
 
 class InProcess:
-    """Plain calls in this process, one after the other, with all its cores: `pdb` works, and so does a profiler."""
+    """Plain calls in this process, one after the other: `pdb` works, and so does a profiler."""
 
     slots = 1
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._ended: list[Outcome] = []
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Whatever the plan allows on this machine can run in this process."""
 
     def submit(self, task: Task, store: Store) -> None:
         self._ended.append(run(task, store, self._threads))
@@ -63,12 +70,17 @@ class Progress:
     """The state of a run while it is driven: keys by what became of them."""
 
     done: set[str]
+    needed: frozenset[str] = frozenset()
     failed: dict[str, str] = field(default_factory=dict)  # key -> error
     skipped: dict[str, str] = field(default_factory=dict)  # key -> title of the task that failed before it
     running: dict[str, float] = field(default_factory=dict)  # key -> when it was submitted
 
     def settled(self, key: str) -> bool:
         return key in self.done or key in self.failed or key in self.skipped
+
+    def will_read(self, key: str) -> bool:
+        """Whether this task, as far as this run goes, has yet to read what it reads; a failed one is tried again."""
+        return key in self.failed or (key in self.needed and not self.settled(key))
 
 
 Show = Callable[[Event], None]
@@ -78,7 +90,7 @@ def drive(
     graph: Graph, needed: Sequence[str], done: Iterable[str], executor: Executor, store: Store, show: Show
 ) -> Progress:
     """Run the tasks that are needed; returns what became of each. An interrupt leaves the state resumable."""
-    state = Progress(done=set(done))
+    state = Progress(done=set(done), needed=frozenset(needed))
     todo = list(needed)
     share = _shares(graph, todo)
     while todo or state.running:
@@ -89,9 +101,12 @@ def drive(
             executor.submit(graph.tasks[key], store)
         for outcome in executor.wait(POLL_SECONDS):
             state.running.pop(outcome.key, None)
-            _settle(graph, todo, state, outcome)
+            lost = _settle(graph, todo, state, outcome)
             _say(store, show, _event(graph, state, share, outcome.key, "failed" if outcome.error else "done", outcome))
-            _forget_temporaries(graph, state, store, outcome.key)
+            for key in lost:
+                _say(store, show, _event(graph, state, share, key, "skipped"))
+            for key in (outcome.key, *lost):
+                _forget_temporaries(graph, state, store, key)
         for key in state.running:
             show(_event(graph, state, share, key, "running", fraction=store.progress(key)))
     return state
@@ -108,29 +123,35 @@ def _ready(graph: Graph, todo: Sequence[str], state: Progress) -> list[str]:
     ]
 
 
-def _settle(graph: Graph, todo: list[str], state: Progress, outcome: Outcome) -> None:
-    """Record an outcome; a failure takes its dependents off the list, and what only they would have read."""
+def _settle(graph: Graph, todo: list[str], state: Progress, outcome: Outcome) -> list[str]:
+    """Record an outcome; a failure takes its dependents off the list, and what only they would have read.
+
+    Returns what was taken off.
+    """
     if not outcome.error:
         state.done.add(outcome.key)
-        return
+        return []
     state.failed[outcome.key] = outcome.error
-    for key in graph.dependents(outcome.key):
-        if key in todo:
-            todo.remove(key)
-            state.skipped[key] = graph.tasks[outcome.key].title
-    lost = set(state.failed) | set(state.skipped)
-    for key in reversed(todo[:]):  # readers come after what they read, so one pass from the end finds every orphan
+    dependents = graph.dependents(outcome.key)
+    useless = [key for key in todo if key in dependents]
+    lost = {*state.failed, *state.skipped, *useless}
+    pending = (set(todo) | set(state.running)) - lost
+    for key in reversed(todo):  # readers come after what they read, so one pass from the end finds every orphan
         readers = graph.readers[key]
-        if readers and all(reader in lost or reader in state.done for reader in readers):
-            todo.remove(key)
+        if key in pending and lost.intersection(readers) and not pending.intersection(readers):
+            useless.append(key)
             lost.add(key)
-            state.skipped[key] = graph.tasks[outcome.key].title
+            pending.remove(key)
+    for key in useless:
+        todo.remove(key)
+        state.skipped[key] = graph.tasks[outcome.key].title
+    return useless
 
 
 def _forget_temporaries(graph: Graph, state: Progress, store: Store, key: str) -> None:
-    """Remove outputs whose every reader is done. What a failed task reads stays: its next attempt needs it."""
+    """Remove outputs that nothing in this run reads any more. What a failed task reads stays: its next attempt will."""
     for read in graph.tasks[key].reads:
-        if graph.tasks[read].temporary and all(reader in state.done for reader in graph.readers[read]):
+        if graph.tasks[read].temporary and not any(state.will_read(reader) for reader in graph.readers[read]):
             store.forget(read)
 
 
@@ -162,8 +183,12 @@ def _event(
         seconds=round(outcome.seconds, 3) if outcome else 0.0,
         peak_bytes=outcome.peak_bytes if outcome else 0,
         fraction=min(1.0, (finished + fraction) / len(keys)),
-        note=(outcome.error or outcome.note) if outcome else "",
+        note=(outcome.error or outcome.note) if outcome else _why(state, key),
     )
+
+
+def _why(state: Progress, key: str) -> str:
+    return f"left out, because {state.skipped[key]} failed" if key in state.skipped else ""
 
 
 def _say(store: Store, show: Show, event: Event) -> None:

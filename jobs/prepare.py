@@ -23,12 +23,15 @@ from converter.errors import HubmillError, SourceError, UnsupportedError
 from converter.manifest import Job, Manifest
 from converter.methods.tables import NEEDS
 from converter.progress import bytes_text
-from jobs.planner import Model, Plan, PlannedJob, Texts, build, embedding_shape
+from jobs.needs import disk_bytes, embedding_shape
+from jobs.planner import Plan, build
 from jobs.steps import text_rows
 from jobs.store import Store
+from jobs.task import Task
+from jobs.work import Model, PlannedJob, Texts
 
 CONNECT_SECONDS = 5.0
-MEMORY_SHARE = 0.9  # of the machine's memory; the rest is the system's and the driver's
+MEMORY_SHARE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,11 @@ class Room:
     cpus: int
     memory_bytes: int
     disk_bytes: int
+
+    @property
+    def usable_memory_bytes(self) -> int:
+        """What tasks may take together; the rest is the system's and the driver's."""
+        return int(MEMORY_SHARE * self.memory_bytes)
 
 
 def prepare(manifest: Manifest, jobs: Sequence[Job], store: Store, cpus: int, device: str) -> Prepared:
@@ -197,20 +205,18 @@ def _existing(folder: Path) -> Path:
     return existing
 
 
-def shortages(plan: Plan, has: Room, writes: bool, where: str) -> list[UnsupportedError]:
-    """What the machine lacks for this plan; empty when it has enough. writes: whether anything is left to write."""
+def shortages(tasks: Sequence[Task], has: Room, here: bool, where: str) -> list[UnsupportedError]:
+    """What is lacking for these tasks; empty when there is enough. here: whether they run on this machine."""
     found = []
-    if writes and plan.disk_bytes > has.disk_bytes:
-        what = f"the run needs up to {bytes_text(plan.disk_bytes)} of disk, and {bytes_text(has.disk_bytes)} are free"
-        found.append(
-            UnsupportedError(where, what, "Free some, choose another --out, or take fewer targets with --only")
-        )
-    allowed = int(MEMORY_SHARE * has.memory_bytes)
-    for task in plan.graph.tasks.values():
-        if task.resources.memory_bytes > allowed:
-            need, have = bytes_text(task.resources.memory_bytes), bytes_text(has.memory_bytes)
-            what = f"{task.title} needs {need} of memory, and this machine has {have}"
-            remedy = "Use a machine with more, or fewer or shorter calibration and evaluation rows"
-            found.append(UnsupportedError(where, what, remedy))
-            break
+    need = disk_bytes(tasks)
+    if need > has.disk_bytes:
+        what = f"the run needs up to {bytes_text(need)} of disk, and {bytes_text(has.disk_bytes)} are free"
+        remedy = "Free some, choose another --out, or take fewer targets with --only"
+        found.append(UnsupportedError(where, what, remedy))
+    largest = max(tasks, key=lambda task: task.resources.memory_bytes, default=None)
+    if here and largest and largest.resources.memory_bytes > has.usable_memory_bytes:
+        need, have = largest.resources.memory_bytes, has.memory_bytes
+        what = f"{largest.title} needs {bytes_text(need)} of memory, and this machine has {bytes_text(have)}"
+        remedy = "Use a machine with more, or fewer or shorter calibration and evaluation rows"
+        found.append(UnsupportedError(where, what, remedy))
     return found

@@ -10,14 +10,16 @@ from typing import Any
 from converter.compare.tables import read_comparison
 from converter.errors import SourceError
 from jobs.convert import Ready, Run
-from jobs.planner import PlannedJob
+from jobs.needs import disk_bytes, memory_bytes
 from jobs.store import Store, file_sha256
+from jobs.work import PlannedJob
 
 
 def plan_json(run: Run, ready: Ready) -> dict[str, Any]:
     """The plan as JSON values: jobs with every tensor, what is needed and what the machine has."""
     plan = ready.prepared.plan
     chosen = run.chosen()
+    tasks = [plan.graph.tasks[key] for key in ready.needed]
     jobs = [_job_json(job, ready) for job in plan.jobs if job.subject in chosen]
     refused = [
         {"job": key, "state": "refused", "files": {}, "exact": True, "types": {}, "notes": [error], "tensors": []}
@@ -29,7 +31,7 @@ def plan_json(run: Run, ready: Ready) -> dict[str, Any]:
         "jobs": jobs + refused,
         "tasks": len(plan.graph.tasks),
         "tasks_needed": len(ready.needed),
-        "needs": {"disk_bytes": plan.disk_bytes, "memory_bytes": plan.memory_bytes},
+        "needs": {"disk_bytes": disk_bytes(tasks), "memory_bytes": memory_bytes(tasks)},
         "machine": {
             "cpus": ready.room.cpus,
             "memory_bytes": ready.room.memory_bytes,

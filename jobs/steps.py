@@ -25,15 +25,15 @@ from converter.calibrate import calibrate_block
 from converter.compare import card, evaluation
 from converter.containers.gguf.imatrix import Sums, write_imatrix
 from converter.containers.tables import CONTAINERS
-from converter.errors import HubmillError
+from converter.errors import HubmillError, SourceError
 from converter.manifest import Calibration, Evaluation, Target
 from converter.methods import Block, Options
 from converter.methods.tables import NEEDS, ROUNDERS, TRANSFORMS
 from converter.publish import FolderHub, Hub
 from converter.stats import TapStats, pack, unpack
-from jobs.planner import Model, Work
 from jobs.store import Report, Store, file_sha256, place, place_file
 from jobs.task import Kind, Task
+from jobs.work import Model, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +287,14 @@ def finish(attempt: Attempt) -> None:
     text = card.card_text(row, model.snapshot, work.target, work.repo, work.texts.calibration, work.texts.evaluation)
     final = store.run / model.name / work.target.name
     place(files, {"README.md": text}, final, attempt.store.work / "attempts")
-    attempt.record["row"] = row | {"files": list_files(final)}
+    placed = list_files(final)
+    expected = {item["path"]: item["sha256"] for item in row["files"]}
+    damaged = [item["path"] for item in placed if expected.get(item["path"], item["sha256"]) != item["sha256"]]
+    if damaged:  # the bytes on the disk are no longer those that were written and measured
+        store.forget(work.assembled)
+        what = f"{', '.join(damaged)} changed on the disk since it was written"
+        raise SourceError(str(final), what, "Check the disk and run the same command again: it is made anew")
+    attempt.record["row"] = row | {"files": placed}
 
 
 def publish(attempt: Attempt) -> None:

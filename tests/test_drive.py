@@ -37,6 +37,9 @@ class Recorder:
         self.most = 0
         self.pending: list[tuple[Task, Store]] = []
 
+    def check(self, tasks: Sequence[Task]) -> None:
+        pass
+
     def submit(self, task: Task, store: Store) -> None:
         self.order.append(task.subject)
         self.pending.append((task, store))
@@ -112,6 +115,42 @@ def test_what_a_failed_task_reads_is_kept_for_its_next_attempt(tmp_path: Path) -
     again = Recorder()
     run(graph, tmp_path, again)
     assert again.order == ["bad"]
+
+
+def test_what_only_a_failed_end_would_have_read_is_not_made(tmp_path: Path) -> None:
+    """Calibration of later blocks stops when the only target that asked for it has failed."""
+    first = task("calibrate 0", temporary=True)
+    second = task("calibrate 1", first, temporary=True)
+    quantize = [task("quantize 0", first), task("quantize 1", second)]
+    graph = Graph([first, quantize[0], second, quantize[1], task("assemble", *quantize)])
+    executor = Recorder(fails=["quantize 0"])
+    store, _, skipped = run(graph, tmp_path, executor)
+    assert "quantize 1" not in executor.order
+    assert quantize[1].key in skipped
+    assert second.key not in store.done(), "nothing that will run reads it"
+    assert first.key in store.done(), "the failed task will read it again"
+
+
+def test_a_goal_is_reached_although_what_reads_it_is_done(tmp_path: Path) -> None:
+    finish = task("finish")
+    publish = task("publish", finish)
+    bad = task("bad")
+    graph = Graph([bad, finish, publish])
+    store = Store(run=tmp_path)
+    executor = Recorder(fails=["bad"])
+    events: list[Event] = []
+    state = drive(graph, [bad.key, finish.key], {publish.key}, executor, store, events.append)
+    assert finish.key in state.done
+
+
+def test_temporaries_go_though_other_jobs_would_have_read_them(tmp_path: Path) -> None:
+    """With --only, readers that do not run hold nothing back."""
+    shared = task("shared", temporary=True)
+    graph = Graph([shared, chosen := task("chosen", shared), task("other", shared)])
+    store = Store(run=tmp_path)
+    state = drive(graph, graph.needed((), [chosen.key]), (), Recorder(), store, lambda event: None)
+    assert chosen.key in state.done
+    assert shared.key not in store.done()
 
 
 def test_a_failed_wait_holds_nobody_back_for_ever(tmp_path: Path) -> None:

@@ -21,13 +21,12 @@ from torch import Tensor
 from converter import tensor_file
 from converter.architecture import Architecture
 from converter.blocks import Decoder
-from converter.compare.metrics import Difference, TokenFigures, difference, summary, token_figures
+from converter.compare.metrics import WINDOW, Difference, TokenFigures, difference, summary, token_figures
 from converter.containers import Opened
 from converter.errors import NumericsError
 
 Report = Callable[[float], None]
 Read = Callable[[str], Tensor]
-WINDOW = 128  # positions whose logits are held at once: 4 x 128 x V x 4 bytes
 PROBES = 2  # rows that per-tensor output errors are measured on
 
 

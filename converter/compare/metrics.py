@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+WINDOW = 128  # positions whose logits are held at once: four times V numbers each
 RUN = 4096  # elements whose products are summed in f32
 SAFE = 1e-15  # squares of values between this and its inverse, 4096 of them summed, are f32's own
 SLICE = RUN << 10  # elements taken at once, so that the copies stay small beside the tensors

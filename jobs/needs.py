@@ -1,0 +1,105 @@
+"""What tasks take, from shapes alone: bytes of memory while they run, bytes of disk that they leave. Upper bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from converter.compare.metrics import WINDOW
+from jobs.task import Task
+from jobs.work import Model, PlannedJob, Texts
+
+F32_BYTES = 4
+# Importing torch and transformers and reading a tokenizer takes about this much in every worker process.
+WORKER_BYTES = 700_000_000
+# How many times the widest Gram GPTQ holds at its peak: itself, three of f64 (7 measured in all), and smaller taps'.
+GRAMS = 8
+
+
+def block_bytes(model: Model, block: int | None) -> int:
+    """Bytes in f32 of the checkpoint's tensors in a block, or of those outside every block."""
+    if model.architecture is None:
+        return 0
+    headers = model.snapshot.tensors.values()
+    return F32_BYTES * sum(math.prod(h.shape) for h in headers if model.architecture.block_of(h.name) == block)
+
+
+def hidden_bytes(model: Model, rows: int) -> int:
+    return F32_BYTES * rows * embedding_shape(model)[-1]
+
+
+def embedding_shape(model: Model) -> tuple[int, ...]:
+    """The shape [V, D] of the embedding; the weights are there to ask, and config.json may leave out what is usual."""
+    assert model.architecture is not None
+    return model.snapshot.tensors[f"{model.architecture.embedding}.weight"].shape
+
+
+def calibrate_bytes(model: Model, texts: Texts, block: int, grams: bool) -> int:
+    assert model.architecture is not None
+    hidden = hidden_bytes(model, texts.calibration.sequences * texts.calibration.length)
+    total = WORKER_BYTES + block_bytes(model, block) + 2 * hidden + (block_bytes(model, None) if block == 0 else 0)
+    if grams:
+        total += 2 * F32_BYTES * sum(width * width for width in _tap_widths(model, block))
+    return total
+
+
+def _tap_widths(model: Model, block: int) -> list[int]:
+    """The number of columns of each tap of a block."""
+    assert model.architecture is not None
+    widths: dict[str, int] = {}
+    for name, header in model.snapshot.tensors.items():
+        tap = model.architecture.tap_of(name)
+        if tap and model.architecture.block_of(name) == block:
+            widths[tap.name] = header.shape[-1]
+    return list(widths.values())
+
+
+def evaluate_bytes(model: Model, texts: Texts) -> int:
+    if model.architecture is None:
+        return WORKER_BYTES
+    hidden = hidden_bytes(model, texts.evaluation.sequences * texts.evaluation.length)
+    largest = max((block_bytes(model, block) for block in range(model.blocks)), default=0)
+    logits = 4 * F32_BYTES * min(texts.evaluation.length, WINDOW) * embedding_shape(model)[0]
+    return WORKER_BYTES + 2 * largest + 2 * block_bytes(model, None) + 3 * hidden + logits
+
+
+def quantize_bytes(job: PlannedJob, block: int | None, gram: bool) -> int:
+    """Memory of rounding a block, or, outside the blocks, the widest tensor there; gram: its statistics have one."""
+    shapes = [tensor.shape for tensor in job.tensors(block)]
+    weights = sum(math.prod(shape) for shape in shapes) if block is not None else 0
+    widest = max((math.prod(shape) for shape in shapes), default=0)
+    columns = max((shape[-1] for shape in shapes), default=0) if gram else 0
+    return WORKER_BYTES + F32_BYTES * (weights + 3 * widest + GRAMS * columns**2)
+
+
+def calibrate_disk(model: Model, texts: Texts, block: int, grams: bool) -> int:
+    """Disk of a block's statistics and the rows behind it."""
+    rows = hidden_bytes(model, texts.calibration.sequences * texts.calibration.length)
+    return rows + (sum(width * width for width in _tap_widths(model, block)) * F32_BYTES if grams else 0)
+
+
+def reference_disk(model: Model, texts: Texts) -> int:
+    """Disk of the original's hidden states in front of every block and behind the last."""
+    return (model.blocks + 1) * hidden_bytes(model, texts.evaluation.sequences * texts.evaluation.length)
+
+
+def quantize_disk(job: PlannedJob, block: int | None) -> int:
+    """Disk of a block's parts: a byte a code, and what is stored as it is."""
+    return sum(math.prod(t.shape) + t.size_bytes for t in job.tensors(block))
+
+
+def disk_bytes(tasks: Iterable[Task]) -> int:
+    """Disk for these tasks together. Of statistics, two blocks of each model lie there at the same time."""
+    total = 0
+    statistics: dict[str, int] = {}
+    for task in tasks:
+        if task.kind == "calibrate":
+            statistics[task.subject] = max(statistics.get(task.subject, 0), task.resources.disk_bytes)
+        else:
+            total += task.resources.disk_bytes
+    return total + 2 * sum(statistics.values())
+
+
+def memory_bytes(tasks: Iterable[Task]) -> int:
+    """Memory of the largest of these tasks."""
+    return max((task.resources.memory_bytes for task in tasks), default=0)
