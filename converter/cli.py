@@ -59,10 +59,12 @@ def main() -> None:
 
     def interrupt(number: int, frame: object) -> None:
         interrupts.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut the clean end short
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # a second one must not cut the clean end short
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)  # what schedulers and `kill` send
     try:
         app()
     except ManifestError as error:
@@ -125,7 +127,7 @@ def convert(
         if not result.tasks_run:
             print_line("nothing to do: every artifact is there and its sources are unchanged")
         print_line(f"results: {run.store.run}/report.html")
-    _print_failures(result)
+        _print_failures(result)
     raise typer.Exit(result.exit_code)
 
 
@@ -142,7 +144,7 @@ def status(manifest: MANIFEST, out: OUT = Path("out"), json: JSON = False) -> No
         [row["subject"], row["state"], row["title"], f"{row['seconds']:.1f}", row["note"]] for row in found["tasks"]
     ]
     print_table(
-        f"{found['running']} running, {found['done']} done, {found['failed']} failed",
+        f"{found['running']} running, {found['done']} done, {found['failed']} failed, {found['skipped']} left out",
         ("job", "state", "last task", "seconds", "note"),
         rows,
         numbers=(3,),
@@ -174,7 +176,8 @@ def publish(manifest: MANIFEST, out: OUT = Path("out"), only: ONLY = None, json:
         raise ManifestError((f"{manifest}: there is no publish: section. Add one, with hub: and repo:.",))
     with _shown(json) as display:
         result = run_module.publish(run, display)
-    _print_failures(result)
+    if not json:
+        _print_failures(result)
     raise typer.Exit(result.exit_code)
 
 

@@ -63,7 +63,14 @@ LISTING = ".listing.json"  # beside the files of a commit
 COMMIT = re.compile("[0-9a-f]{40}")
 HIDDEN = re.compile(r"(^|/)\.(?!\.?(/|$))")  # .gitattributes, but not "..", which is refused and not left out
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
-FAULTS = (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, HFValidationError, LocalTokenNotFoundError)
+FAULTS = (
+    HfHubHTTPError,
+    httpx.HTTPError,
+    OfflineModeIsEnabled,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    UnicodeDecodeError,  # what the client makes of a proxy's error page in Latin-1 (huggingface_hub 2)
+)
 Result = TypeVar("Result")
 Report = Callable[[int], None]  # told the number of bytes that just arrived
 
@@ -372,6 +379,11 @@ def explain(error: Exception, repo: str, endpoint: str) -> tuple[str, str]:
         return f"{endpoint} asks to slow down (429)", "Run it again in five minutes; a token raises the limits"
     if status:
         return f"{endpoint} answers with an error ({status})", "Run it again later; what is done stays done"
+    if isinstance(error, UnicodeDecodeError):
+        return (
+            f"{endpoint} answers with an error page that is not UTF-8",
+            "Run it again later, or ask who runs the proxy",
+        )
     what = f"the connection to {endpoint} failed or was cut ({type(error).__name__})"
     return what, "Check the network and run it again; it goes on where it stopped"
 

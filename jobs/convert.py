@@ -22,10 +22,10 @@ from converter.lock import lock_text, portable, read_lock
 from converter.manifest import Job, Manifest
 from converter.progress import Display, Event
 from converter.source import Snapshot
-from jobs.drive import Executor, InProcess, Progress, drive
+from jobs.drive import Executor, InProcess, Progress, drive, say
 from jobs.prepare import Prepared, Room, prepare, room, shortages, unreachable, unwritable
 from jobs.steps import open_hub, repo_kind
-from jobs.store import Store, write_json, write_text
+from jobs.store import Store, file_sha256, write_json, write_text
 from jobs.task import Graph, Task
 from jobs.work import PlannedJob, Work
 
@@ -159,11 +159,12 @@ def convert(run: Run, display: Display) -> Result:
     ready = plan(run)
     if ready.reasons:
         raise Refused(ready.reasons)
-    display.show(replace(planning, state="done", fraction=1.0))
     store, prepared, graph = run.store, ready.prepared, ready.prepared.plan.graph
     with only_run(store):
+        say(store, display.show, replace(planning, state="done", fraction=1.0))
         facts = {job.subject: {"files": dict(job.artifact.files)} for job in prepared.plan.jobs}
         write_text(store.run / "manifest.lock.yaml", lock_text(prepared.manifest, prepared.commits, facts))
+        write_text(store.owner, str(run.manifest.path.absolute()))
         state = Progress(done=set(ready.done))
         store.sweep()
         for key in graph.leftover(ready.done):
@@ -177,6 +178,9 @@ def convert(run: Run, display: Display) -> Result:
                 state = drive(graph, ready.needed, ready.done, executor, store, display.show)
             finally:
                 executor.close()
+        if not run.only and not prepared.problems and not state.failed:
+            for key in store.done() - set(graph.tasks):
+                store.forget(key)  # of earlier settings, commits or versions: nothing will ask for it again
         rows = [_row(store, job, prepared, state) for job in run.manifest.jobs()]
         write_comparison(replace(run, manifest=prepared.manifest), rows, _measured(graph, state, store))
     failures = tuple((graph.tasks[key].title, error) for key, error in state.failed.items())
@@ -221,13 +225,18 @@ def _executor(run: Run, here: Room) -> Executor:
 
 
 def check_owner(run: Run) -> None:
-    """Refuse a folder that another manifest of the same name filled."""
+    """Refuse a folder that another manifest of the same name filled.
+
+    Another one it is when it has no source in common, or lies elsewhere while the first is still there: a checkout that
+    was moved takes its results along.
+    """
     lock = read_lock(run.store.run / "manifest.lock.yaml")
     if lock is None:
         return
     ours = {portable(model.source, run.manifest).partition("@")[0] for model in run.manifest.models}
     theirs = {source.partition("@")[0] for source in lock.sources.values()}
-    if not ours & theirs:
+    owner = Path(run.store.owner.read_text("utf-8")) if run.store.owner.is_file() else run.manifest.path.absolute()
+    if not ours & theirs or (owner != run.manifest.path.absolute() and owner.is_file()):
         raise UnsupportedError(
             str(run.store.run),
             f"these are the results of another manifest named '{run.manifest.name}', of {', '.join(sorted(theirs))}",
@@ -255,8 +264,17 @@ def only_run(store: Store) -> Iterator[None]:
 
 
 def finished(graph: Graph, store: Store) -> set[str]:
-    """The tasks whose results are there, in full size, under their final names."""
-    return {key for key in store.done() if key in graph.tasks and _whole(graph.tasks[key], store)}
+    """The tasks whose results are there, in full size, under their final names.
+
+    Files that an artifact is about to be made of again are read whole: what stands under a final name was hashed when
+    it was written, but bytes on a disk can change, and a damaged one must not be taken for the original.
+    """
+    done = {key for key in store.done() if key in graph.tasks and _whole(graph.tasks[key], store)}
+    for key in [key for key in done if graph.tasks[key].kind == "assemble"]:
+        finishes = [reader for reader in graph.readers[key] if graph.tasks[reader].kind == "finish"]
+        if not done.issuperset(finishes) and not _intact(store.output(key), store.record(key)["files"]):
+            done.remove(key)
+    return done
 
 
 def _whole(task: Task, store: Store) -> bool:
@@ -283,6 +301,10 @@ def _fetched(snapshot: Snapshot, folder: Path) -> bool:
     names = {header.file for header in (*snapshot.tensors.values(), *snapshot.scales.values())}
     same = snapshot.source.startswith("hub:") or folder == snapshot.folder
     return same and _has(folder, [{"path": name, "bytes": snapshot.files[name]} for name in names])
+
+
+def _intact(folder: Path, files: Sequence[Mapping[str, Any]]) -> bool:
+    return all(file_sha256(folder / item["path"]) == item["sha256"] for item in files)
 
 
 def _has(folder: Path, files: Sequence[Mapping[str, Any]]) -> bool:

@@ -97,14 +97,14 @@ def drive(
         for key in _ready(graph, todo, state)[: max(0, executor.slots - len(state.running))]:
             todo.remove(key)
             state.running[key] = time.monotonic()
-            _say(store, show, _event(graph, state, share, key, "start"))
+            say(store, show, _event(graph, state, share, key, "start"))
             executor.submit(graph.tasks[key], store)
         for outcome in executor.wait(POLL_SECONDS):
             state.running.pop(outcome.key, None)
             lost = _settle(graph, todo, state, outcome)
-            _say(store, show, _event(graph, state, share, outcome.key, "failed" if outcome.error else "done", outcome))
+            say(store, show, _event(graph, state, share, outcome.key, "failed" if outcome.error else "done", outcome))
             for key in lost:
-                _say(store, show, _event(graph, state, share, key, "skipped"))
+                say(store, show, _event(graph, state, share, key, "skipped"))
             for key in (outcome.key, *lost):
                 _forget_temporaries(graph, state, store, key)
         for key in state.running:
@@ -191,7 +191,7 @@ def _why(state: Progress, key: str) -> str:
     return f"left out, because {state.skipped[key]} failed" if key in state.skipped else ""
 
 
-def _say(store: Store, show: Show, event: Event) -> None:
+def say(store: Store, show: Show, event: Event) -> None:
     """Show an event and add it to the run's log, a line of JSON each, so that `hubmill status` needs no driver."""
     store.events.parent.mkdir(parents=True, exist_ok=True)
     with store.events.open("a", encoding="utf-8") as file:

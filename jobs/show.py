@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections import Counter
 from pathlib import Path
@@ -83,14 +84,35 @@ def status(store: Store) -> dict[str, Any]:
             event = json.loads(line)
         except ValueError:  # the end of a run that was killed while it wrote, or is writing now
             continue
+        if event["task"] == "plan":  # each run begins with it
+            counts.clear()
+            running.clear()
+            continue
         counts[event["state"]] += 1
         last[event["subject"]] = event
         running.pop(event["task"], None)
         if event["state"] == "start":
             running[event["task"]] = event
+    alive = is_running(store)
     for key, event in running.items():
-        event["note"] = f"{100 * store.progress(key):.0f} %"
-    return {"running": len(running), "done": counts["done"], "failed": counts["failed"], "tasks": list(last.values())}
+        event["note"] = f"{100 * store.progress(key):.0f} %" if alive else "was cut; convert goes on from here"
+    return {
+        "running": len(running) if alive else 0,
+        "done": counts["done"],
+        "failed": counts["failed"],
+        "skipped": counts["skipped"],
+        "tasks": list(last.values()),
+    }
+
+
+def is_running(store: Store) -> bool:
+    """Whether a run holds this folder; the system lets go of it when a run ends, however it ends."""
+    try:
+        with (store.work / "lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
 
 
 def verify(run: Path) -> list[str]:

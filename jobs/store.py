@@ -4,6 +4,8 @@
     attempts/<key>.N/   the output of a task that is running, or was killed
     progress/<key>      how far a running task is, a number between 0 and 1
     events.jsonl        everything that happened, a line each
+    manifest            the path of the manifest that all of this belongs to
+    lock                held by the run that is working here
 
 A finished task is one rename, so a reader never sees half of one, and a task that runs twice is harmless: the second
 rename finds the first's result and steps back.
@@ -11,6 +13,7 @@ rename finds the first's result and steps back.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -39,6 +42,11 @@ class Store:
     @property
     def events(self) -> Path:
         return self.work / "events.jsonl"
+
+    @property
+    def owner(self) -> Path:
+        """Holds the path of the manifest that this folder belongs to."""
+        return self.work / "manifest"
 
     @property
     def downloads(self) -> Path:
@@ -203,8 +211,10 @@ def place(files: Mapping[str, Path], texts: Mapping[str, str], final: Path, stag
     sync_tree(fresh)
     final.parent.mkdir(parents=True, exist_ok=True)
     old = staging / f"old.{uuid.uuid4().hex[:8]}"
-    if final.exists():
-        final.rename(old)
-    fresh.rename(final)
+    with (staging / f"{final.parent.name}.{final.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # against a second run of the same task, on this machine or another
+        if final.exists():
+            final.rename(old)
+        fresh.rename(final)
     sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)

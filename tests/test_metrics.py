@@ -163,3 +163,13 @@ def test_hopeless_copy_still_has_a_finite_perplexity() -> None:
     copy = torch.tensor([[0.0, 5000.0, 0.0]]).repeat(2, 1)
     found = summary([token_figures(original, copy, torch.tensor([0, 0]))])
     assert math.isfinite(found["perplexity"])
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-25, 3e37])
+def test_values_whose_squares_leave_f32_are_compared_all_the_same(size: float) -> None:
+    weight = torch.randn(40, 130, generator=torch.Generator().manual_seed(0)).clamp(-8, 8)
+    zeros = difference(weight * size, torch.zeros(40, 130))
+    assert (zeros.cosine, zeros.relative_mse) == (0.0, 1.0)
+    plain, scaled = difference(weight, weight.round()), difference(weight * size, weight.round() * size)
+    assert scaled.cosine == pytest.approx(plain.cosine, rel=1e-5)
+    assert scaled.relative_mse == pytest.approx(plain.relative_mse, rel=1e-5)

@@ -16,9 +16,11 @@ import pytest
 from gguf import GGUFReader
 
 from converter import manifest as manifests
+from converter.errors import UnsupportedError
 from converter.progress import Event
-from jobs.convert import Refused, Run, convert, plan
-from jobs.show import plan_json
+from jobs.convert import Refused, Run, convert, only_run, plan
+from jobs.show import is_running, plan_json, status, verify
+from jobs.store import Store
 from small_run import ROOT, TARGETS, write_manifest, write_model
 
 
@@ -112,6 +114,40 @@ def test_a_damaged_artifact_is_made_again_with_the_same_bytes(place: Path, finis
     assert sums(finished) == before
 
 
+def test_a_flipped_byte_is_found_and_mended_also_when_the_artifact_was_removed(place: Path, finished: Path) -> None:
+    """The final file and the assembled one share their bytes, so removing the first alone must not bless the damage."""
+    before = sums(finished)
+    victim = finished / "model" / "int8" / "model.parquet"
+    with victim.open("r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)
+        file.seek(5000)
+        file.write(bytes([byte[0] ^ 1]))
+    assert verify(finished) == [f"{victim}: is not what was written. Remove it and run hubmill convert again."]
+    victim.unlink()
+    assert convert(a_run(place, "out"), Quiet()).exit_code == 0
+    assert sums(finished) == before
+    assert verify(finished) == []
+
+
+def test_status_tells_a_run_that_was_cut_from_one_that_works(place: Path, finished: Path) -> None:
+    found = status(Store(run=finished))
+    assert found["running"] == 0
+    assert {event["state"] for event in found["tasks"]} == {"done"}
+    with only_run(Store(run=finished)):
+        assert is_running(Store(run=finished))
+    assert not is_running(Store(run=finished))
+
+
+def test_outputs_of_earlier_settings_do_not_pile_up(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    for target in ("{format: parquet, scheme: INT8}", "{format: parquet, scheme: INT4}"):
+        write_manifest(tmp_path, {"x": target})
+        assert convert(a_run(tmp_path, "out"), Quiet()).exit_code == 0
+    kept = sorted(key.partition("-")[0] for key in Store(run=tmp_path / "out" / "small").done())
+    assert kept == ["assemble", "evaluate", "fetch", "finish"]
+
+
 def test_work_may_be_deleted_at_any_time(place: Path, finished: Path) -> None:
     import shutil
 
@@ -172,6 +208,12 @@ def test_a_bad_weight_fails_its_model_alone_and_says_where(tmp_path: Path) -> No
     by_model = {row["model"]: row for row in result.rows}
     assert by_model["model"]["status"] == "done"
     assert "model.layers.1.mlp.up_proj.weight" in by_model["broken"]["error"]
+    again = hubmill("convert", tmp_path / "small.yaml", "--out", tmp_path / "out", "--executor", "inprocess", "--json")
+    assert again.returncode == 1
+    events = [json.loads(line) for line in again.stdout.splitlines()]
+    states = {event["title"]: event["state"] for event in events}
+    assert states["quantize broken/int8 block 1"] == "failed"
+    assert states["assemble broken/int8"] == "skipped"
 
 
 def test_a_plain_state_dict_converts_without_an_architecture(tmp_path: Path) -> None:
@@ -232,6 +274,16 @@ def test_disk_too_small_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(Refused, match=r"of disk, and 1\.0 kB are free"):
         convert(a_run(place, "elsewhere"), Quiet())
+
+
+def test_a_folder_of_a_manifest_elsewhere_is_refused_while_that_is_there(
+    finished: Path, place: Path, tmp_path: Path
+) -> None:
+    write_model(tmp_path / "model", seed=3)
+    write_manifest(tmp_path, {"int8": TARGETS["int8"]})
+    run = Run(manifest=manifests.load(tmp_path / "small.yaml"), out=place / "out", executor="inprocess")
+    with pytest.raises(UnsupportedError, match="results of another manifest"):
+        convert(run, Quiet())
 
 
 def test_a_folder_of_another_manifest_is_refused(place: Path, finished: Path, tmp_path: Path) -> None:

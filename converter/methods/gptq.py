@@ -101,7 +101,10 @@ def factorize(gram_II: Tensor, damping: float, where: str) -> Factor:
         added = share
         lower_II, failed = torch.linalg.cholesky_ex(hessian_II)
         if not int(failed):
-            inverse_II = _upper_inverse(lower_II.flip(0, 1))
+            del hessian_II  # two matrices of f64 less at the peak, which lies inside _upper_inverse
+            upper_II = lower_II.flip(0, 1)
+            del lower_II
+            inverse_II = _upper_inverse(upper_II)
             raised = f"the Hessian is not positive definite: damping raised to {share:g}" if share > damping else ""
             return Factor(order_I=order_I, upper_II=inverse_II.float(), note=raised)
     powers_I = hessian_II.diagonal().flip(0).clamp(min=1)
