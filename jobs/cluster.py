@@ -7,11 +7,14 @@ outcome, so Ray's own retries are left for what they are good at: a worker or a 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,6 +27,7 @@ from jobs.task import Task
 
 OBJECT_STORE_BYTES = 100_000_000  # outcomes are a few hundred bytes
 RETRIES = 3
+PREFIX = "hubmill-ray-"
 
 
 class RayExecutor:
@@ -38,7 +42,7 @@ class RayExecutor:
         settings: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
         if address is None:
             settings |= {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False}
-            self._folder = tempfile.mkdtemp(prefix="hubmill-", dir="/tmp")  # a socket's path stays under 107 characters
+            self._folder = _own_folder()
             settings |= {"object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": self._folder, "_memory": memory_bytes}
             address = "local"
         try:
@@ -112,6 +116,21 @@ class RayExecutor:
         ray.shutdown()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _own_folder() -> str:
+    """A fresh folder for Ray's session, locked until this process ends; those of processes that ended are removed.
+
+    In /tmp whatever TMPDIR says, because the paths of sockets must stay under 107 characters.
+    """
+    for old in Path("/tmp").glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError), (old / "lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=PREFIX, dir="/tmp")
+    descriptor = os.open(Path(folder) / "lock", os.O_CREAT | os.O_RDWR)  # stays open, and so locked, to the end
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return folder
 
 
 def _worker_environment() -> dict[str, str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converter.architecture import find
+from converter.blocks import quantize_tokens
 from converter.containers.tables import CONTAINERS
 from llama_peer import Llama
 from small_run import ROOT
@@ -49,8 +50,11 @@ def rows(run: Path) -> dict[str, dict[str, Any]]:
     return {row["target"]: row for row in json.loads((run / "comparison.json").read_text())["artifacts"]}
 
 
-def decoded_logits(run: Path, target: str, format: str, ids: Tensor) -> Tensor:
-    """transformers' logits [T, V] with the weights that our decoder reads from the artifact, in f32."""
+def decoded_logits(run: Path, target: str, format: str, ids: Tensor, activation_bits: int = 0) -> Tensor:
+    """transformers' logits [T, V] with the weights that our decoder reads from the artifact, in f32.
+
+    activation_bits rounds what every linear reads, per token.
+    """
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     architecture = find(json.loads((MODEL / "config.json").read_text()), "quickstart")
     opened = CONTAINERS[format].open(run / "model" / target, architecture)
@@ -58,6 +62,9 @@ def decoded_logits(run: Path, target: str, format: str, ids: Tensor) -> Tensor:
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
+    for module in model.modules():
+        if activation_bits and isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: (quantize_tokens(inputs[0], activation_bits),))
     with torch.no_grad():
         logits: Tensor = model(ids).logits[0]
     return logits
@@ -70,17 +77,19 @@ def ids() -> Tensor:
 
 
 @pytest.mark.parametrize("target", ["q4-k-m", "q8-0"])
-def test_llama_cpp_predicts_what_transformers_does_with_the_decoded_weights(
-    run: Path, target: str, ids: Tensor
-) -> None:
+def test_llama_cpp_agrees_with_transformers_on_the_decoded_weights(run: Path, target: str, ids: Tensor) -> None:
     expected = torch.log_softmax(decoded_logits(run, target, "gguf", ids)[-1], -1)
+    rounded = torch.log_softmax(decoded_logits(run, target, "gguf", ids, activation_bits=8)[-1], -1)
     with Llama(next((run / "model" / target).glob("*.gguf"))) as llama:
         assert llama.tokenize(TEXT) == ids[0].tolist()
         found = llama.next_logprobs(ids[0].tolist())
-    # llama.cpp rounds activations to 8 bits in blocks of 32 before each product with quantized weights: steps of 1/254
-    # of the largest, through 4 blocks of 7 products. 0.15 nats is where a wrong tensor showed at least ten times more.
-    assert max(abs(expected[token].item() - logprob) for token, logprob in found.items()) < 0.15
-    assert max(found, key=lambda token: found[token]) in expected.topk(2).indices.tolist()
+    tokens = list(found)
+    # llama.cpp rounds what meets quantized weights to 8 bits, in blocks of 32 or 256 where we do it per token: two
+    # samples of one noise, whose largest of 20 differ by less than three times. A wrong tensor moves whole nats.
+    noise = (rounded - expected)[tokens].abs().max().item()
+    assert noise < 0.5
+    difference = max(abs(expected[token].item() - logprob) for token, logprob in found.items())
+    assert difference < 3 * noise, (difference, noise)
 
 
 @pytest.mark.parametrize("target", ["w4a16", "w8a8"])
