@@ -143,6 +143,12 @@ def find(config: Mapping[str, Any], where: str) -> Architecture:
     for name in classes:
         if name in table:
             return table[name]
+    if not config:
+        what = "there is no config.json, so its architecture is not known"
+        remedy = (
+            "Put the original config.json beside the weights, or choose parquet or compressed-tensors with method rtn"
+        )
+        raise UnsupportedError(where, what, remedy)
     wanted = ", ".join(classes) or "no architecture at all"
     near = difflib.get_close_matches(wanted, table, n=1, cutoff=0.5)
     hint = f"the nearest known one is {near[0]}; " if near else ""

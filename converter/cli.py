@@ -119,6 +119,8 @@ def convert(
     """Convert, measure, compare and publish; what is done already is not done again."""
     from jobs import convert as run_module
 
+    if address and executor is Executor.INPROCESS:
+        raise ManifestError(("--address: --executor inprocess uses no cluster. Leave one of the two out.",))
     run = _run(manifest, out, executor=executor, address=address, only=only, device=device, skip=skip_unsupported)
     with _shown(json) as display:
         result = run_module.convert(run, display)
@@ -141,13 +143,14 @@ def status(manifest: MANIFEST, out: OUT = Path("out"), json: JSON = False) -> No
         print_json(found)
         return
     rows = [
-        [row["subject"], row["state"], row["title"], f"{row['seconds']:.1f}", row["note"]] for row in found["tasks"]
+        [row["subject"], row["state"], f"{100 * row['fraction']:.0f} %", row["title"], row["note"]]
+        for row in found["tasks"]
     ]
     print_table(
         f"{found['running']} running, {found['done']} done, {found['failed']} failed, {found['skipped']} left out",
-        ("job", "state", "last task", "seconds", "note"),
+        ("job", "state", "done", "last task", "note"),
         rows,
-        numbers=(3,),
+        numbers=(2,),
     )
 
 

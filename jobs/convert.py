@@ -158,7 +158,9 @@ def convert(run: Run, display: Display) -> Result:
     display.show(planning)
     ready = plan(run)
     if ready.reasons:
-        raise Refused(ready.reasons)
+        others = bool(ready.prepared.plan.jobs) and bool(ready.prepared.problems) and not run.skip_unsupported
+        hint = ("Nothing was started. --skip-unsupported leaves out what cannot be done and does the rest.",)
+        raise Refused((*ready.reasons, *(hint if others else ())))
     store, prepared, graph = run.store, ready.prepared, ready.prepared.plan.graph
     with only_run(store):
         say(store, display.show, replace(planning, state="done", fraction=1.0))

@@ -8,6 +8,7 @@ and those files of a data set that hold the rows. Data sets are pinned to a comm
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,10 @@ def prepare(manifest: Manifest, jobs: Sequence[Job], store: Store, cpus: int, de
                 raise lost[name]
             planned.append(_plan_job(manifest, job, models[name]))
         except HubmillError as error:
-            problems[job.key] = str(error)
+            own = name not in lost and job.target.where not in str(
+                error
+            )  # what a model lacks is told once for its jobs
+            problems[job.key] = f"{job.target.where}: {job.key}: {error}" if own else str(error)
     plan = build(manifest, planned, texts, cpus, device)
     commits = {name: model.snapshot.commit for name, model in models.items()}
     return Prepared(manifest=manifest, plan=plan, problems=problems, commits=commits)
@@ -114,6 +118,13 @@ def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
     artifact = CONTAINERS[target.format].plan(model.snapshot, model.architecture, target)
     left_out = dict.fromkeys(model.computed, "whoever runs the model computes it")
     artifact = replace(artifact, dropped=left_out | dict(artifact.dropped))
+    unused = [
+        rule.pattern
+        for rule in target.rules
+        if not any(re.search(rule.pattern, name) for name in model.snapshot.tensors)
+    ]
+    notes = tuple(f"the rule '{pattern}' fits no tensor" for pattern in unused)
+    artifact = replace(artifact, notes=artifact.notes + notes)
     repo = manifest.publish.repo_of(manifest.name, job) if manifest.publish else None
     return PlannedJob(model=model, target=target, artifact=artifact, repo=repo)
 

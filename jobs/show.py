@@ -87,9 +87,11 @@ def status(store: Store) -> dict[str, Any]:
         if event["task"] == "plan":  # each run begins with it
             counts.clear()
             running.clear()
+            last.clear()
             continue
         counts[event["state"]] += 1
-        last[event["subject"]] = event
+        if event["task"] != "plan" and last.get(event["subject"], event)["state"] not in ("failed", "skipped"):
+            last[event["subject"]] = event  # what failed stays, though other tasks of the job may still end well
         running.pop(event["task"], None)
         if event["state"] == "start":
             running[event["task"]] = event
