@@ -86,7 +86,7 @@ def main() -> None:
 
 @app.command()
 def plan(
-    manifest: MANIFEST, out: OUT = Path("out"), only: ONLY = None, json: JSON = False, device: DEVICE = Device.AUTO
+    manifest: MANIFEST, out: OUT = Path("out"), only: ONLY = None, json: JSON = False, device: DEVICE = Device.CPU
 ) -> None:
     """Show what would be done: jobs, types, sizes, needs, and what cannot be done and why."""
     from jobs import convert as run_module
@@ -110,7 +110,7 @@ def convert(
     executor: Annotated[Executor, typer.Option(help="Ray workers, or plain calls in this process.")] = Executor.RAY,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster; left out, one is started here.")] = None,
     only: ONLY = None,
-    device: DEVICE = Device.AUTO,
+    device: DEVICE = Device.CPU,
     skip_unsupported: Annotated[
         bool, typer.Option(help="Leave out jobs that cannot be done, and do the rest.")
     ] = False,
@@ -206,7 +206,7 @@ def _run(
     executor: Executor = Executor.RAY,
     address: str | None = None,
     only: Sequence[str] | None = None,
-    device: Device = Device.AUTO,
+    device: Device = Device.CPU,
     skip: bool = False,
 ) -> Any:
     """The run that these options describe. Raises ManifestError."""

@@ -55,15 +55,10 @@ class FolderHub:
 
     def check(self, repo: str, kind: Kind) -> None:
         self._place(repo)
-        try:
-            (self.root / ".incoming").mkdir(parents=True, exist_ok=True)
-            with self._alone(repo):
-                pass
-        except OSError as error:
-            what = f"the folder {self.root} cannot be written: {error.strerror}"
-            raise PublishError(
-                f"folder hub, repo {repo}", what, "Change its permissions, or publish elsewhere"
-            ) from error
+        nearest = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            what = f"the folder {self.root} cannot be written at {nearest}"
+            raise PublishError(f"folder hub, repo {repo}", what, "Change its permissions, or publish elsewhere")
 
     def publish(self, repo: str, folder: Path, files: Mapping[str, str], message: str, kind: Kind) -> Published:
         place = self._place(repo)
@@ -73,6 +68,7 @@ class FolderHub:
         link = os.path.relpath(version, place.parent)
         self.check(repo, kind)
         try:
+            (self.root / ".incoming").mkdir(parents=True, exist_ok=True)
             with self._alone(repo):
                 before = os.readlink(place) if place.is_symlink() else None
                 if before != link or not self._holds(version, folder, files):

@@ -41,8 +41,12 @@ PURE = (
     "converter/methods/",
     "converter/compare/metrics.py",
     "converter/containers/packing.py",
+    "converter/containers/parquet_rows.py",
+    "converter/containers/selection.py",
     "converter/containers/gguf/mixture.py",
     "jobs/task.py",
+    "jobs/work.py",
+    "jobs/needs.py",
     "jobs/planner.py",
     "kernels/quantkernels/",
 )
@@ -95,6 +99,13 @@ def test_only_progress_prints(name: str) -> None:
 def test_kernels_folder_is_no_package_of_that_name() -> None:
     """transformers imports a package named kernels, Hugging Face's; ours must never be found in its place."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
+        if "://" not in link:
+            assert (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"
 
 
 def test_readme_tree_names_what_is_there() -> None:

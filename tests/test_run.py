@@ -230,6 +230,17 @@ def test_a_plain_state_dict_converts_without_an_architecture(tmp_path: Path) -> 
     assert all(row["output"] == {} and row["weight"]["cosine"] > 0.9999 for row in result.rows)
 
 
+def test_a_model_without_weights_is_refused(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "model").mkdir()
+    save_file({"ids": torch.arange(4)}, tmp_path / "model" / "model.safetensors")
+    write_manifest(tmp_path, {"int8": TARGETS["int8"]})
+    with pytest.raises(Refused, match="no floating-point tensor"):
+        convert(a_run(tmp_path, "out"), Quiet())
+
+
 def test_what_needs_an_architecture_is_refused_before_starting(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

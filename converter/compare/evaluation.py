@@ -146,7 +146,7 @@ def _tap_inputs(original: Original, decoder: Decoder, block: int, tensors: Mappi
 
     def observe(row: int, taps: Mapping[str, Tensor]) -> None:
         for tap, x_TI in taps.items():
-            seen.setdefault(tap, []).append(x_TI)
+            seen.setdefault(tap, []).append(x_TI.cpu())  # the weights that it meets are there
 
     decoder.run_block(block, tensors, hidden, observe=observe)
     return {tap: torch.cat(parts) for tap, parts in seen.items()}

@@ -39,7 +39,7 @@ from converter.containers.parquet_rows import (
 )
 from converter.containers.selection import choose, float_dtype
 from converter.containers.small_files import copy_small_files
-from converter.errors import SourceError
+from converter.errors import SourceError, UnsupportedError
 from converter.grids import Grid
 from converter.grids.affine import AffineGrid
 from converter.grids.plain import PlainGrid
@@ -66,6 +66,9 @@ class Parquet:
                 continue
             block = architecture.block_of(name) if architecture else None
             tensors.append(_plan_tensor(name, header.shape, dtype, block, target))
+        if not tensors:
+            what = f"{snapshot.repo} holds no floating-point tensor"
+            raise UnsupportedError(f"target {target.name}", what, "Choose a model with weights")
         tensors.sort(key=lambda tensor: (-1 if tensor.block is None else tensor.block, tensor.name))
         files = _layout(tensors)
         sizes = {}
