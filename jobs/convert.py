@@ -289,10 +289,11 @@ def _whole(task: Task, store: Store) -> bool:
     if task.work.target is None:
         return True
     if task.kind == "assemble":
-        return _has(store.output(task.key), store.record(task.key)["files"])
+        record = store.record(task.key)
+        return _has(store.output(task.key), record["files"], record["changed_ns"])
     if task.kind == "finish":
-        folder = store.run / task.work.model.name / task.work.target.name
-        return _has(folder, store.record(task.key)["row"]["files"])
+        folder, record = store.run / task.work.model.name / task.work.target.name, store.record(task.key)
+        return _has(folder, record["row"]["files"], record["changed_ns"])
     if task.kind == "publish" and task.work.hub.startswith("folder:"):
         return (Path(task.work.hub.removeprefix("folder:")) / task.work.repo).exists()
     return True
@@ -309,9 +310,16 @@ def _intact(folder: Path, files: Sequence[Mapping[str, Any]]) -> bool:
     return all(file_sha256(folder / item["path"]) == item["sha256"] for item in files)
 
 
-def _has(folder: Path, files: Sequence[Mapping[str, Any]]) -> bool:
-    paths = [(folder / item["path"], item["bytes"]) for item in files]
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths)
+def _has(folder: Path, files: Sequence[Mapping[str, Any]], changed_ns: Mapping[str, int] | None = None) -> bool:
+    """Whether the files are there in full size; those written to since `changed_ns` must still have their sha256."""
+    for item in files:
+        path = folder / item["path"]
+        if not path.is_file() or path.stat().st_size != item["bytes"]:
+            return False
+        touched = changed_ns is not None and path.stat().st_mtime_ns != changed_ns.get(item["path"])
+        if touched and file_sha256(path) != item["sha256"]:
+            return False
+    return True
 
 
 def _measured(graph: Graph, state: Progress, store: Store) -> dict[str, dict[str, Any]]:

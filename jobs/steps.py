@@ -231,6 +231,7 @@ def assemble(attempt: Attempt) -> None:
     attempt.record["quantize_seconds"] = sum(record["seconds"] for record in records)
     attempt.record["quantize_peak_bytes"] = max(record["peak_bytes"] for record in records)
     attempt.record["files"] = list_files(attempt.folder)
+    attempt.record["changed_ns"] = changed_ns(attempt.folder)
 
 
 def list_files(folder: Path) -> list[dict[str, Any]]:
@@ -240,6 +241,12 @@ def list_files(folder: Path) -> list[dict[str, Any]]:
         {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in files
     ]
+
+
+def changed_ns(folder: Path) -> dict[str, int]:
+    """When each file below `folder` was last written, by relative path: a later time asks for a look at its bytes."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in files}
 
 
 def reference(attempt: Attempt) -> None:
@@ -295,6 +302,7 @@ def finish(attempt: Attempt) -> None:
         what = f"{', '.join(damaged)} changed on the disk since it was written"
         raise SourceError(str(final), what, "Check the disk and run the same command again: it is made anew")
     attempt.record["row"] = row | {"files": placed}
+    attempt.record["changed_ns"] = changed_ns(final)
 
 
 def publish(attempt: Attempt) -> None:
