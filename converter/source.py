@@ -27,6 +27,7 @@ from torch import Tensor
 
 from converter.errors import NumericsError, SourceError, UnsupportedError
 from converter.folder import HEADER_LIMIT_BYTES, check_path, digest_folder, list_folder
+from converter.tensor_file import read_range
 
 # O out, I in (columns), P rows of a scale, Q columns of a scale
 
@@ -127,13 +128,9 @@ class Snapshot:
 
     def _load(self, header: Header) -> Tensor:
         path = self.folder / header.file
-        raw = torch.empty(header.end - header.start, dtype=torch.uint8)
+        size_bytes = header.end - header.start
         try:
-            with path.open("rb", buffering=0) as file:
-                file.seek(header.start)
-                view, done = raw.numpy().data, 0
-                while done < len(view) and (count := file.readinto(view[done:])):  # one read() stops at 2 GiB on Linux
-                    done += count
+            raw = read_range(path, header.start, size_bytes)
         except FileNotFoundError as error:
             what = f"the file of tensor '{header.name}' is not here"
             raise SourceError(
@@ -142,8 +139,8 @@ class Snapshot:
         except OSError as error:
             what = f"tensor '{header.name}' cannot be read: {error.strerror}"
             raise SourceError(str(path), what, "Look at the disk and at the file's permissions") from error
-        if done < len(raw):
-            what = f"the file ends {len(raw) - done} bytes before the end of tensor '{header.name}'"
+        if len(raw) < size_bytes:
+            what = f"the file ends {size_bytes - len(raw)} bytes before the end of tensor '{header.name}'"
             raise SourceError(str(path), what, "It was changed after planning: fetch it again and plan anew")
         return raw.view(DTYPES[header.dtype]).reshape(header.shape)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from converter.errors import SourceError
@@ -39,6 +40,20 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def read_range(path: Path, start: int, size_bytes: int) -> Tensor:
+    """The bytes [start, start + size_bytes) of a file, u8, in memory of their own; fewer where the file ends before.
+
+    Raises OSError when it cannot be read.
+    """
+    raw = torch.empty(size_bytes, dtype=torch.uint8)
+    view, done = raw.numpy().data, 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while done < len(view) and (count := file.readinto(view[done:])):  # one read() stops at 2 GiB on Linux
+            done += count
+    return raw[:done]
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

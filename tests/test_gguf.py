@@ -365,6 +365,11 @@ def test_the_window_that_readers_do_without_is_told_when_the_context_can_exceed_
     assert plan(tmp_path).notes == ()
 
 
+def test_a_card_that_cannot_be_read_is_told_and_stops_nothing(copy: Path) -> None:
+    (copy / "README.md").write_text("---\nlicense: [unclosed\n---\n# A model\n")
+    assert any("front matter of README.md cannot be read" in note for note in plan(copy).notes)
+
+
 def test_a_missing_broken_or_foreign_tokenizer_is_refused_in_the_plan(copy: Path) -> None:
     path = copy / "tokenizer.json"
     whole = path.read_text()

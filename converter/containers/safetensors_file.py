@@ -23,6 +23,7 @@ from torch import Tensor
 
 from converter.errors import SourceError
 from converter.source import DTYPES, Header, header_length, parse_header
+from converter.tensor_file import read_range
 
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
@@ -192,13 +193,8 @@ def read_headers(folder: Path) -> dict[str, Header]:
 
 def read_tensor(folder: Path, header: Header) -> Tensor:
     """One tensor in its stored type. Raises SourceError when the file has become shorter than its header said."""
-    raw = torch.empty(header.end - header.start, dtype=torch.uint8)
-    view, done = raw.numpy().data, 0
-    with (folder / header.file).open("rb", buffering=0) as file:
-        file.seek(header.start)
-        while done < len(view) and (count := file.readinto(view[done:])):  # one read() stops at 2 GiB on Linux
-            done += count
-    if done < len(view):
+    raw = read_range(folder / header.file, header.start, header.end - header.start)
+    if len(raw) < header.end - header.start:
         what = f"the file ends inside tensor '{header.name}'"
         raise SourceError(str(folder / header.file), what, "Write the artifact again")
     return raw.view(DTYPES[header.dtype]).reshape(header.shape)

@@ -44,7 +44,7 @@ def general_fields(
     snapshot: Snapshot, family: Family, target: Target, tensors: Sequence[TensorPlan]
 ) -> dict[str, Field]:
     """What the file is and where it comes from."""
-    card = read_card(snapshot.folder)
+    card = read_card(snapshot.folder) or {}
     fields = {
         "general.architecture": string(family.architecture),
         "general.type": string("model"),
@@ -73,15 +73,15 @@ def model_name(snapshot: Snapshot) -> str:
     return snapshot.repo.rstrip("/").rpartition("/")[2]
 
 
-def read_card(folder: Path) -> dict[str, Any]:
-    """The front matter of README.md; {} when there is none, or when it cannot be read.
+def read_card(folder: Path) -> dict[str, Any] | None:
+    """The front matter of README.md; {} when there is none, None when it cannot be read.
 
     A stranger's broken card must not stop a conversion, and gguf-py's loader raises whatever its YAML library does.
     """
     try:
         return dict(gguf.Metadata.load_model_card(folder))
     except Exception:
-        return {}
+        return None
 
 
 def card_fields(card: Mapping[str, Any]) -> dict[str, Field]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from converter.architecture import Architecture
@@ -14,6 +13,7 @@ from converter.containers.gguf.family import family_of
 from converter.containers.gguf.header import Head, Stored, read_head
 from converter.containers.gguf.tensors import Named, named, undo_operation
 from converter.errors import SourceError
+from converter.tensor_file import read_range
 from quantkernels import ggml
 
 
@@ -51,13 +51,8 @@ class OpenedGGUF:
 
 def read_rows(path: Path, head: Head, stored: Stored) -> Tensor:
     """The bytes of one tensor, [O, bytes a row] u8, in memory of their own."""
-    raw = torch.empty(stored.size_bytes, dtype=torch.uint8)
-    with path.open("rb", buffering=0) as file:
-        file.seek(head.data_start + stored.offset)
-        view, done = raw.numpy().data, 0
-        while done < len(view) and (count := file.readinto(view[done:])):  # one read() stops at 2 GiB on Linux
-            done += count
-    if done < len(raw):
+    raw = read_range(path, head.data_start + stored.offset, stored.size_bytes)
+    if len(raw) < stored.size_bytes:
         raise SourceError(path.name, f"the file ends inside tensor {stored.name}", "Write or fetch it again")
     rows = 1
     for size in stored.shape[:-1]:

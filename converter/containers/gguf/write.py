@@ -27,7 +27,7 @@ from converter.containers.gguf.family import (
     unread,
 )
 from converter.containers.gguf.header import Stored, compose, file_size, padded, place, read_head
-from converter.containers.gguf.metadata import general_fields, hyper_fields, model_name
+from converter.containers.gguf.metadata import general_fields, hyper_fields, model_name, read_card
 from converter.containers.gguf.mixture import MIXTURES
 from converter.containers.gguf.tensors import FREQUENCIES, file_rows, plan_tensors, torch_bytes
 from converter.containers.gguf.tokenizer import describe_tokenizer
@@ -83,7 +83,7 @@ def plan(snapshot: Snapshot, architecture: Architecture | None, target: Target) 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The file's head and the places of its tensors; notes: what readers do otherwise with text."""
+    """The file's head and the places of its tensors; notes: what readers do otherwise, what is left out."""
 
     head: bytes
     placed: tuple[Stored, ...]
@@ -101,7 +101,9 @@ def lay_out(snapshot: Snapshot, known: Known, target: Target, tensors: Sequence[
     if known.scaling.divisors:
         entries.insert(0, (FREQUENCIES, (len(known.scaling.divisors),), "F32"))
     placed = place(entries)
-    return Layout(head=compose(fields, placed), placed=placed, notes=tokenizer.notes)
+    unreadable = "the front matter of README.md cannot be read, so licence, languages and tags are left out"
+    notes = tokenizer.notes + ((unreadable,) if read_card(snapshot.folder) is None else ())
+    return Layout(head=compose(fields, placed), placed=placed, notes=notes)
 
 
 def write(
