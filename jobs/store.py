@@ -6,6 +6,7 @@
     events.jsonl        everything that happened, a line each
     manifest            the path of the manifest that all of this belongs to
     lock                held by the run that is working here
+    locks/              held while an artifact is put under its final name
 
 A finished task is one rename, so a reader never sees half of one, and a task that runs twice is harmless: the second
 rename finds the first's result and steps back.
@@ -211,7 +212,9 @@ def place(files: Mapping[str, Path], texts: Mapping[str, str], final: Path, stag
     sync_tree(fresh)
     final.parent.mkdir(parents=True, exist_ok=True)
     old = staging / f"old.{uuid.uuid4().hex[:8]}"
-    with (staging / f"{final.parent.name}.{final.name}.lock").open("a") as lock:
+    locks = staging.parent / "locks"
+    locks.mkdir(exist_ok=True)
+    with (locks / f"{final.parent.name}.{final.name}").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # against a second run of the same task, on this machine or another
         if final.exists():
             final.rename(old)
