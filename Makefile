@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup convert plan test test-all check bench clean
+.PHONY: help setup convert plan test test-all check bench bench-kernels peers clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -41,6 +41,15 @@ check: $(READY) ## lint, formatting and types
 
 bench: $(READY) ## measure speed, memory and error beside the peers
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+bench-kernels: $(READY) ## measure the GGUF kernels beside ggml's
+	$(BIN)/python benchmarks/ggml_kernels.py
+
+# Found there by tests/quantize_peer.py. The package holds nothing but shared libraries for this platform.
+PEER := @node-llama-cpp/linux-x64@3.22.1
+peers: $(READY) ## fetch llama.cpp's quantizer for the long suites
+	mkdir -p $(VENV)/peers
+	cd $(VENV)/peers && tar -xzf "$$(npm pack --silent $(PEER))"
 
 clean: ## remove what was built, but not out/
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

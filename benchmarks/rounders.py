@@ -4,10 +4,10 @@
 
 The plain GPTQ is the paper's blocked algorithm as it is usually written: minmax scales, damping by 1 % of the mean
 diagonal, Cholesky, inverse and Cholesky again, then a loop of torch operations over columns in blocks of 128. Ours runs
-once with the same scales, so that only the solver differs, and once as a target gets it, with searched scales. They
-take turns, seconds are of processor time (the machine may be busy) and the best of the repeats counts. Errors are
-squared output errors over squared outputs, on the rows that calibrated and on held-out ones. Weights are Gaussian, rows
-correlated, with columns of very different power.
+once with the same scales, so that only the solver differs, once with searched scales, and once as a target gets it,
+with sweeps over the codes behind. They take turns, seconds are of processor time (the machine may be busy) and the best
+of the repeats counts. Errors are squared output errors over squared outputs, on the rows that calibrated and on
+held-out ones. Weights are Gaussian, rows correlated, with columns of very different power.
 """
 
 # O out, I in.
@@ -74,7 +74,8 @@ def measure_solvers(size: int, bits: int, repeats: int) -> list[dict[str, object
     assert gram is not None
     ways: dict[str, Callable[[], Tensor]] = {
         "plain torch GPTQ, minmax": lambda: plain_gptq(weight, gram, bits),
-        "GPTQ, minmax": lambda: decoded(gptq, block, minmax),
+        "GPTQ, minmax, no sweeps": lambda: decoded(gptq, block, minmax, sweeps=0),
+        "GPTQ, searched, no sweeps": lambda: decoded(gptq, block, searched, sweeps=0),
         "GPTQ, searched": lambda: decoded(gptq, block, searched),
         "RTN, minmax": lambda: decoded(round_to_nearest, block, minmax),
         "RTN, searched": lambda: decoded(round_to_nearest, block, searched),
@@ -100,9 +101,9 @@ def measure_solvers(size: int, bits: int, repeats: int) -> list[dict[str, object
     ]  # fmt: skip
 
 
-def decoded(rounder: Rounder, block: Block, grid: AffineGrid) -> Tensor:
+def decoded(rounder: Rounder, block: Block, grid: AffineGrid, sweeps: int = Options.sweeps) -> Tensor:
     """The block's one weight, rounded."""
-    rounded = rounder(block, {"linear.weight": grid}, Options(importance=True))
+    rounded = rounder(block, {"linear.weight": grid}, Options(importance=True, sweeps=sweeps))
     return rounded.coded["linear.weight"].decode()
 
 

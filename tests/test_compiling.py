@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,7 +18,10 @@ from numba.core.dispatcher import Dispatcher
 from quantkernels import columns, ggml, scales
 from quantkernels.compiling import compiled, digest
 from quantkernels.compiling import kernel as made_kernel
-from quantkernels.ggml import TYPES, cpu_k_symmetric, cpu_search
+from quantkernels.ggml import TYPES
+from quantkernels.ggml.cpu import k_symmetric as cpu_k_symmetric
+from quantkernels.ggml.cpu import search as cpu_search
+from test_columns_kernel import all_frames
 
 ROOT = Path(__file__).parent.parent
 # A package of two files: a kernel and what it calls; `run` prints the kernel's answer and whether it was compiled.
@@ -135,10 +138,11 @@ def test_every_kernel_is_called_with_one_signature() -> None:
     for rows, width in ((1, 256), (3, 512), (40, 256)):
         weight, importance = torch.randn(rows, width, generator=random), torch.rand(width, generator=random)
         for name in TYPES:
-            for weights in (None, importance):
-                ggml.quantize(weight.bfloat16(), name, weights, threads=2)
-                ggml.quantize(weight.numpy(), name, None if weights is None else weights.numpy())
-    for rows, width, group_size in ((1, 1, 1), (3, 100, 100), (40, 300, 32), (2, 129, 129)):
+            for weights in (importance,) if TYPES[name].needs_importance else (None, importance):
+                for search in get_args(ggml.Search):
+                    ggml.quantize(weight.bfloat16(), name, weights, threads=2, search=search)
+                    ggml.quantize(weight.numpy(), name, None if weights is None else weights.numpy(), search=search)
+    for rows, width, group_size in ((1, 1, 1), (3, 100, 100), (40, 304, 32), (2, 129, 129), (1, 8, 8)):
         weight, importance = torch.randn(rows, width, generator=random), torch.rand(width, generator=random)
         for symmetric in (True, False):
             for weights in (None, importance):
@@ -147,9 +151,10 @@ def test_every_kernel_is_called_with_one_signature() -> None:
                 )
                 scales.errors(weight, weights, scale_OG, zero_OG, group_size=group_size, low=-8, high=7, threads=2)
         for given in (weight, weight.T.contiguous().T):  # the same values, row after row or column after column
-            columns.solve(
-                given, torch.eye(width), scale_OG, zero_OG, torch.arange(width) // group_size, low=-8, high=7, threads=2
-            )
+            for frame in all_frames(rows, width):
+                order = torch.arange(width).flip(0) if frame.together == 1 else torch.arange(width)
+                codes, _ = columns.solve(given, torch.eye(width), frame, order, threads=2)
+                columns.refine(given, torch.eye(width).T, frame, codes, sweeps=2, threads=2)
     found = kernels()
     assert found
     assert {name: len(function.signatures) for name, function in found.items()} == dict.fromkeys(found, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import gguf
 import numpy as np
@@ -17,7 +18,7 @@ from ggml_peer import library as peer_library
 from ggml_peer import quantize as peer_quantize
 from quantkernels.compiling import compiled
 from quantkernels.ggml import TYPES, Backend, block_size, dequantize, quantize, row_bytes
-from quantkernels.ggml.lanes import WIDTH, load, nearest_wrapped, store
+from quantkernels.ggml.cpu.lanes import WIDTH, load, nearest_wrapped, store
 
 Floats = NDArray[np.float32]
 
@@ -57,7 +58,7 @@ def hard_rows(random: np.random.Generator, columns: int) -> Floats:
         plain * block_scales,
         plain * np.exp(-80 * random.random(shape)),
         plain * 1e-30,
-        plain * 1e-38,  # denormal: inverse scales overflow
+        np.clip(plain * 1e-38, -1e-38, 1e-38),  # denormal: inverse scales overflow
         np.full(shape, plain[0, 0]),
         plain[:, ::32].repeat(32, axis=1),  # constant blocks
         -1 - 1e-7 * random.integers(0, 5, shape),  # nearly constant: the 2x2 systems cancel, scales turn negative
@@ -86,6 +87,11 @@ def importances(random: np.random.Generator, columns: int) -> dict[str, Floats]:
     }
 
 
+def least(name: str, columns: int) -> Floats | None:
+    """The least that a type is made with: no importance, or the same for every column where ggml asks for it."""
+    return np.ones(columns, np.float32) if TYPES[name].needs_importance else None
+
+
 def assert_same_blocks(got: NDArray[np.uint8], wanted: NDArray[np.uint8], name: str) -> None:
     size = TYPES[name].size_bytes
     wrong = np.flatnonzero((got.reshape(-1, size) != wanted.reshape(-1, size)).any(axis=1))
@@ -98,7 +104,8 @@ def assert_same_blocks(got: NDArray[np.uint8], wanted: NDArray[np.uint8], name: 
 @pytest.mark.parametrize("name", TYPES)
 def test_bytes_equal_ggml_without_importance(name: str, backend: Backend) -> None:
     rows = hard_rows(np.random.default_rng(1), 768)
-    assert_same_blocks(quantize(rows, name, backend=backend), peer_quantize(rows, name), name)
+    weights = least(name, 768)
+    assert_same_blocks(quantize(rows, name, weights, backend=backend), peer_quantize(rows, name, weights), name)
 
 
 @needs_peer
@@ -129,11 +136,11 @@ def test_any_shape_and_scale_equals_truth_and_ggml(
     random = np.random.default_rng(seed)
     columns = width * block_size(name)
     rows = ((heavy_tailed(random, count, columns) + np.float32(shift)) * np.float32(10.0**exponent)).astype(np.float32)
-    importance = np.exp(random.normal(size=columns)).astype(np.float32) if weighed else None
+    importance = np.exp(random.normal(size=columns)).astype(np.float32) if weighed else least(name, columns)
     try:
         got = quantize(rows, name, importance)
     except ValueError as error:
-        assert "beyond float16" in str(error)
+        assert re.search("beyond (float16|its one byte)", str(error))
         return
     assert_same_blocks(got, quantize(rows, name, importance, backend="reference"), name)
     assert_same_blocks(got, peer_quantize(rows, name, importance), name)
@@ -148,7 +155,7 @@ def test_bytes_equal_ggml_on_a_hundred_thousand_blocks(name: str, weighed: bool)
     for seed in range(1000):
         random = np.random.default_rng(seed)
         rows = np.concatenate([heavy_tailed(random, 512, 4096), hard_rows(random, 4096)])
-        importance = importances(random, 4096)[["usual", "holes", "wide"][seed % 3]] if weighed else None
+        importance = importances(random, 4096)[["usual", "holes", "wide"][seed % 3]] if weighed else least(name, 4096)
         assert_same_blocks(quantize(rows, name, importance), peer_quantize(rows, name, importance), name)
         blocks += rows.size // block_size(name)
         if blocks >= 100_000:
@@ -158,14 +165,14 @@ def test_bytes_equal_ggml_on_a_hundred_thousand_blocks(name: str, weighed: bool)
 @needs_peer
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_dequantized_weights_equal_ggml_bit_for_bit(name: str) -> None:
-    blocks = quantize(hard_rows(np.random.default_rng(3), 512), name)
+    blocks = quantize(hard_rows(np.random.default_rng(3), 512), name, least(name, 512))
     got = dequantize(blocks, name, 512)
     assert np.array_equal(got.view(np.uint32), peer_dequantize(blocks, name, 512).view(np.uint32))
 
 
 @pytest.mark.parametrize("name", TYPES)
 def test_dequantized_weights_equal_the_gguf_package(name: str) -> None:
-    blocks = quantize(heavy_tailed(np.random.default_rng(4), 5, 512), name)
+    blocks = quantize(heavy_tailed(np.random.default_rng(4), 5, 512), name, least(name, 512))
     theirs = gguf.quants.dequantize(
         blocks.view(np.float32) if name == "F32" else blocks, gguf.GGMLQuantizationType[name]
     )
@@ -180,7 +187,7 @@ def test_sizes_equal_the_gguf_package(name: str) -> None:
     assert row_bytes(name, 512) == 512 * TYPES[name].bits_per_weight / 8
 
 
-# sha256 of ggml's own bytes for `exact_rows`, first 16 digits: (without importance, with importance).
+# sha256 of ggml's own bytes for `exact_rows`, first 16 digits: (with the least importance, with importance).
 GOLDEN: dict[str, tuple[str, str]] = {
     "Q4_0": ("d90075f4f5831275", "8fa7c64ead872db3"),
     "Q4_1": ("8336320d8a5483dc", "1657419002f944d5"),
@@ -192,6 +199,19 @@ GOLDEN: dict[str, tuple[str, str]] = {
     "Q4_K": ("b77e7ff05cdc54dc", "ad24054997fc7bd3"),
     "Q5_K": ("9d47a7427eefb988", "377c098e5a01cdcb"),
     "Q6_K": ("2eb4bf7326d9d1f7", "650b9832060fb3d7"),
+    "IQ4_NL": ("c7dd4850b1b8fc4d", "4e0e4100040fb72d"),
+    "IQ4_XS": ("f8dcf217346669e4", "877d86b627aa0052"),
+    "IQ3_XXS": ("3e10a81b853ea282", "7d616c586a5103d4"),
+    "IQ3_S": ("280460a2f513c5df", "86d71bf2f1da4b79"),
+    "IQ1_M": ("5c1a67a6dd393bb6", "50a00f9d4db75637"),
+    "IQ1_S": ("73cce3b17f213f02", "55f900ec556c7b75"),
+    "IQ2_XXS": ("f84d16889161a5a9", "5b2bc98314fe6c70"),
+    "IQ2_XS": ("3acc00fcd187cf2c", "d1f53d583faeab77"),
+    "IQ2_S": ("134bc2b24ccea552", "da4560f5837620a8"),
+    "TQ1_0": ("24ac9d5ea5ee3d48", "24ac9d5ea5ee3d48"),
+    "TQ2_0": ("430360af0e54fb01", "430360af0e54fb01"),
+    "MXFP4": ("6b5c91fd1662d784", "6b5c91fd1662d784"),
+    "NVFP4": ("7385a3c27f21cb95", "7385a3c27f21cb95"),
 }
 
 
@@ -206,14 +226,14 @@ def exact_rows() -> tuple[Floats, Floats]:
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_golden_bytes(name: str) -> None:
     rows, importance = exact_rows()
-    digests = [hashlib.sha256(quantize(rows, name, weights).tobytes()) for weights in (None, importance)]
+    digests = [hashlib.sha256(quantize(rows, name, weights).tobytes()) for weights in (least(name, 512), importance)]
     assert tuple(digest.hexdigest()[:16] for digest in digests) == GOLDEN[name]
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_importance_changes_the_bytes_only_where_the_type_uses_it(name: str) -> None:
     rows, importance = exact_rows()
-    same = np.array_equal(quantize(rows, name), quantize(rows, name, importance))
+    same = np.array_equal(quantize(rows, name, least(name, 512)), quantize(rows, name, importance))
     assert same != TYPES[name].uses_importance
 
 
@@ -224,7 +244,7 @@ def test_importance_lowers_the_weighted_error(name: str) -> None:
     importance = importances(random, 512)["usual"]
     errors = [
         float((importance * (dequantize(quantize(rows, name, weights), name) - rows) ** 2).sum(dtype=np.float64))
-        for weights in (None, importance)
+        for weights in (least(name, 512), importance)
     ]
     assert errors[1] < errors[0]
 
@@ -232,7 +252,7 @@ def test_importance_lowers_the_weighted_error(name: str) -> None:
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_zeros_stay_zeros(name: str) -> None:
     rows = np.zeros((2, 512), np.float32)
-    assert not dequantize(quantize(rows, name), name).any()
+    assert not dequantize(quantize(rows, name, least(name, 512)), name).any()
     assert not dequantize(quantize(rows, name, np.ones(512, np.float32)), name).any()
 
 
@@ -276,7 +296,7 @@ def test_a_value_that_is_not_finite_is_refused_by_row_and_column(name: str, valu
     rows = np.ones((700, 512), np.float32)
     rows[611, 509] = value
     with pytest.raises(ValueError, match="row 611 column 509"):
-        quantize(rows, name)
+        quantize(rows, name, least(name, 512))
 
 
 @pytest.mark.parametrize("name", [name for name in TYPES if TYPES[name].half_fields])
@@ -284,7 +304,16 @@ def test_a_scale_beyond_float16_is_refused_by_row_and_columns(name: str) -> None
     rows = np.full((700, 512), 0.5, np.float32)
     rows[613, 256::2] = -3e9
     with pytest.raises(ValueError, match=r"row 613 columns 25[67] to"):
-        quantize(rows, name)
+        quantize(rows, name, least(name, 512))
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("name", [name for name, known in TYPES.items() if known.half_fields and known.weights > 1])
+def test_weights_whose_squares_overflow_are_refused_and_never_stored_as_zeros(name: str, weighed: bool) -> None:
+    rows = np.full((3, 512), 0.5, np.float32)
+    rows[2, 300] = -1e20
+    with pytest.raises(ValueError, match=r"row 2 columns \d+ to \d+ is beyond float16"):
+        quantize(rows, name, np.ones(512, np.float32) if weighed else least(name, 512))
 
 
 def test_wrong_arguments_are_refused_with_what_would_fit() -> None:

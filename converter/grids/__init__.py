@@ -7,11 +7,24 @@ weight; the same `decode` measures an artifact, so what is reported is what a re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from quantkernels.columns import AnyFrame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Framed:
+    """Parts as a method sees them that chooses codes: their frame, and how codes become parts again.
+
+    with_frame takes this frame, or it with other scales that its ladders allow, and codes.
+    """
+
+    frame: AnyFrame
+    with_frame: Callable[[AnyFrame, Tensor], Mapping[str, Tensor]]
 
 
 class Grid(Protocol):
@@ -28,6 +41,10 @@ class Grid(Protocol):
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The weight [O, I] f32 that a reader of these parts computes with."""
+        ...
+
+    def framed(self, parts: Mapping[str, Tensor]) -> Framed | None:
+        """`parts` with its codes set apart from all else; None when there are no codes, such as in floating point."""
         ...
 
 

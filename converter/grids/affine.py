@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from converter.errors import NumericsError, UnsupportedError
-from converter.grids import observers
+from converter.grids import Framed, observers
 from converter.grids.plain import DTYPES
 from converter.schemes import Granularity, Observer
 from quantkernels import scales
+from quantkernels.columns import Frame
 
 CHUNK_WEIGHTS = 1 << 22  # rows are handled this many weights at a time, so that temporaries stay below some 100 MB
 SAMPLE_WEIGHTS = 1 << 20  # one scale for a tensor is searched on every k-th row, about this many weights
@@ -88,6 +89,20 @@ class AffineGrid:
             return weight_OGN.flatten(1)[:, :columns]
 
         return torch.cat([chunk(rows) for rows in _chunks(codes_OI)])
+
+    def framed(self, parts: Mapping[str, Tensor]) -> Framed:
+        """The parts with their codes set apart."""
+        rows, columns = parts["codes"].shape
+        scale_OG, zero_OG = per_row(parts, rows)
+        frame = Frame(
+            scale_OG=scale_OG,
+            zero_OG=zero_OG,
+            offset_OG=torch.zeros(1, 1).expand_as(scale_OG),
+            group_size=self.columns_per_scale(columns),
+            low=self.low,
+            high=self.high,
+        )
+        return Framed(frame=frame, with_frame=lambda _, codes: {**parts, "codes": codes})
 
     def round(self, weight: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         """The codes [O, I] i8 nearest to `weight` [O, I] or [I] f32; where the scale is 0, the codes that mean 0."""

@@ -35,3 +35,6 @@ class PlainGrid:
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         return parts["values"].to(torch.float32)
+
+    def framed(self, parts: Mapping[str, Tensor]) -> None:
+        """None: there are no codes."""

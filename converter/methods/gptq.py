@@ -1,11 +1,14 @@
-"""GPTQ: round column by column, pushing each column's error onto those not yet rounded.
+"""GPTQ: round column by column, pushing each column's error onto those not yet rounded, then go over the codes again.
 
-Columns go in the order of falling activation power, while scales stay those of contiguous groups, fitted before
-("static activation order"): the accuracy of the order without an index array in the file. One factorisation serves all
-linears of a tap, stacked on the output axis, because rows do not depend on each other. The alternative, refitting each
-group's scale on the corrected weights, forbids that order.
+Scales and whatever else a grid stores are those that round-to-nearest fits with importance; where a grid allows it,
+they move a little afterwards, with the codes held. So one solver serves integer grids and GGUF blocks alike (see
+quantkernels.columns.Frame), and a GGUF file keeps its size and its readers. Columns go in the order of falling
+activation power, while scales stay those of contiguous groups ("static activation order"): the accuracy of the order
+without an index array in the file. One factorisation serves all linears of a tap, stacked on the output axis, because
+rows do not depend on each other. The alternative, refitting each group's scale on the corrected weights, forbids that
+order.
 
-# O out, I in, G groups of a row.
+# O out, I in.
 """
 
 from __future__ import annotations
@@ -17,52 +20,69 @@ import torch
 from torch import Tensor
 
 from converter.errors import NumericsError
-from converter.grids import Coded, Grid
-from converter.grids.affine import AffineGrid, per_row
+from converter.grids import Coded, Framed, Grid
 from converter.methods import Block, Options, Rounded
-from converter.methods.rtn import fit, importance_of, is_quantized, round_to_nearest
+from converter.methods.rtn import importance_of, is_quantized, nearest, round_to_nearest
 from quantkernels import columns
 
+PIECE_WEIGHTS = 1 << 24  # rows are solved this many weights at a time; each of some six temporaries takes 64 MB
 LEAF = 128  # columns below which a triangular inverse is not halved again
 LEAST_RAISED = 0.01  # where raising the damping starts when none was asked for
+PROBES = 8  # vectors that a factorisation in f32 is tried on
+PROBE_ERROR = 1e-3  # the share by which H^-1 H x may miss x there; more sends it to f64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Factor:
     """A Hessian made ready: upper_II^T upper_II is the inverse of the damped Hessian with its columns in order_I.
 
-    note tells what was not as asked; it is empty when all was.
+    hessian_II is the damped Hessian itself, columns in their own order. note tells what was not as asked; it is empty
+    when all was.
     """
 
     order_I: Tensor
     upper_II: Tensor
+    hessian_II: Tensor
     note: str = ""
 
 
-def gptq(block: Block, grids: Mapping[str, Grid], options: Options) -> Rounded:
-    """Every linear that has a Gram matrix solved by GPTQ on its affine grid; everything else rounded to nearest.
+@dataclass(frozen=True, kw_only=True)
+class _Linear:
+    """A linear to be solved: its name, its weight [O, I], how it was rounded, and that rounding's frame."""
 
-    Scales are fitted with the mean squares of the tap as importance. With a diagonal Hessian this equals
-    round_to_nearest with importance, code for code. Matrices that could not be solved, and damping that had to grow,
-    are in the notes.
+    name: str
+    weight_OI: Tensor
+    coded: Coded
+    framed: Framed
+
+
+def gptq(block: Block, grids: Mapping[str, Grid], options: Options) -> Rounded:
+    """Every linear that has a Gram matrix and a grid with codes solved by GPTQ; everything else rounded to nearest.
+
+    Scales are fitted with the mean squares of the tap as importance. options.sweeps passes of coordinate descent
+    follow, over the codes and, in GGUF blocks, the scales. With a diagonal Hessian integer grids get what
+    round_to_nearest with importance gives, code for code. Matrices that could not be solved, and damping that had to
+    grow, are in the notes.
     Raises NumericsError when a Hessian or a weight is not finite.
-    Source: Frantar et al. 2022, arXiv:2210.17323.
+    Source: Frantar et al. 2022, arXiv:2210.17323; Behdin et al. 2023, arXiv:2309.01885.
     """
     coded: dict[str, Coded] = {}
     notes: dict[str, str] = {}
     for tap in block.taps:
         stats = block.stats.get(tap.name)
-        names = [f"{linear}.weight" for linear in tap.linears]
-        affine = {name: grid for name in names if isinstance(grid := grids.get(name), AffineGrid)}
-        if stats is None or stats.gram is None or not affine:
+        names = [name for linear in tap.linears if (name := f"{linear}.weight") in grids]
+        linears = _linears(block, names, grids) if stats is not None and stats.gram is not None else []
+        if stats is None or stats.gram is None or not linears:
             continue
-        factor = factorize(stats.gram, options.damping, f"{block.where} {tap.name}")
-        alike: dict[tuple[int, int | None], dict[str, AffineGrid]] = {}
-        for name, grid in affine.items():
-            alike.setdefault((grid.bits, grid.group_size), {})[name] = grid
-        for some in alike.values():
-            coded.update(_solve(block, some, factor))
-        notes.update(dict.fromkeys(affine, factor.note) if factor.note else {})
+        for together in {linear.framed.frame.together: None for linear in linears}:
+            factor = factorize(stats.gram, options.damping, f"{block.where} {tap.name}", together)
+            alike: dict[tuple[object, ...], list[_Linear]] = {}
+            for linear in linears:
+                if linear.framed.frame.together == together:
+                    alike.setdefault(linear.framed.frame.kind, []).append(linear)
+            for some in alike.values():
+                coded.update(_solve(some, factor, options.sweeps))
+                notes.update({linear.name: factor.note for linear in some if factor.note})
     rest = {name: weight for name, weight in block.tensors.items() if name not in coded}
     rounded = round_to_nearest(replace(block, tensors=rest), grids, options)
     unsolved = [name for name, weight in rest.items() if is_quantized(weight, grids[name])]
@@ -71,13 +91,58 @@ def gptq(block: Block, grids: Mapping[str, Grid], options: Options) -> Rounded:
     return Rounded(coded={name: coded[name] for name in block.tensors}, notes=notes)
 
 
-def factorize(gram_II: Tensor, damping: float, where: str) -> Factor:
+def _linears(block: Block, names: list[str], grids: Mapping[str, Grid]) -> list[_Linear]:
+    """Those of the weights `names` that have codes, rounded to nearest with importance."""
+    found = []
+    for name in names:
+        weight = block.tensors[name]
+        if is_quantized(weight, grids[name]):
+            coded = nearest(f"{block.where} {name}", weight, grids[name], importance_of(block, name))
+            framed = grids[name].framed(coded.parts)
+            if framed is not None:
+                found.append(_Linear(name=name, weight_OI=weight, coded=coded, framed=framed))
+    return found
+
+
+def _solve(linears: list[_Linear], factor: Factor, sweeps: int) -> dict[str, Coded]:
+    """The linears, which read one tap and have frames of one kind, solved as one matrix, some rows at a time."""
+    weight_OI = torch.cat([linear.weight_OI for linear in linears])
+    pieces = torch.split(weight_OI, max(1, PIECE_WEIGHTS // weight_OI.shape[1]))
+    stacked = columns.stack([linear.framed.frame for linear in linears])
+    solved = [
+        _solve_rows(piece_OI, frame, factor, sweeps)
+        for piece_OI, frame in zip(pieces, columns.split(stacked, [len(piece) for piece in pieces]), strict=True)
+    ]
+    rows = [len(linear.weight_OI) for linear in linears]
+    frames = columns.split(columns.stack([frame for frame, _ in solved]), rows)
+    codes = torch.split(torch.cat([codes for _, codes in solved]), rows)
+    return {
+        linear.name: replace(linear.coded, parts=linear.framed.with_frame(frame, own.clone()))
+        for linear, frame, own in zip(linears, frames, codes, strict=True)
+    }
+
+
+def _solve_rows(
+    weight_OI: Tensor, frame: columns.AnyFrame, factor: Factor, sweeps: int
+) -> tuple[columns.AnyFrame, Tensor]:
+    """The frame, with better scales where it may have others, and the codes."""
+    threads = torch.get_num_threads()
+    codes, _ = columns.solve(weight_OI, factor.upper_II, frame, factor.order_I, threads=threads)
+    for _ in range(sweeps):
+        frame = columns.rescale(weight_OI, factor.hessian_II, frame, codes)
+        codes = columns.refine(weight_OI, factor.hessian_II, frame, codes, sweeps=1, threads=threads)
+    return frame, codes
+
+
+def factorize(gram_II: Tensor, damping: float, where: str, together: int = 1) -> Factor:
     """The factor of the Hessian gram_II [I, I] f32, damped by a share of its mean diagonal, in activation order.
 
+    Columns that share a code, `together` of them, stay together and are ordered by the sum of their powers.
     An input never seen has no row to push errors along and is rounded to nearest. When the matrix is not positive
     definite, damping is raised tenfold up to 1; when that does not help either, only the diagonal is kept.
-    f64, because f32 fails on matrices that are definite, only badly conditioned. The inverse's upper factor comes from
-    one factorisation of the reversed matrix and a triangular inverse: with H = R R^T, R upper, it is R^-1.
+    f32 where that holds up on trial vectors, which is half of the time and memory; f64 where it does not, because f32
+    fails on matrices that are definite, only badly conditioned. The inverse's upper factor comes from one factorisation
+    of the reversed matrix and a triangular inverse: with H = R R^T, R upper, it is R^-1.
     Raises NumericsError, naming `where`, when gram_II is not finite.
     """
     # Minimum and maximum carry what is not finite along, and cost a twentieth of looking at every value.
@@ -89,27 +154,55 @@ def factorize(gram_II: Tensor, damping: float, where: str) -> Factor:
     seen_I = diagonal_I > 0
     if not bool(seen_I.any()):
         note = "the calibration rows never reached it: rounded to nearest"
-        return Factor(order_I=torch.arange(len(gram_II)), upper_II=torch.eye(len(gram_II)), note=note)
-    mean = diagonal_I[seen_I].mean()
-    order_I = diagonal_I.argsort(descending=True, stable=True)
-    backwards_I = order_I.flip(0)
-    hessian_II = gram_II[backwards_I][:, backwards_I].double().div_(mean)
-    hessian_II.diagonal()[~seen_I[backwards_I]] = 1
-    added = 0.0
+        one_II = torch.eye(len(gram_II))
+        return Factor(order_I=torch.arange(len(gram_II)), upper_II=one_II, hessian_II=one_II, note=note)
+    mean = float(diagonal_I[seen_I].mean())
+    order_B = diagonal_I.reshape(-1, together).sum(1).argsort(descending=True, stable=True)
+    order_I = (order_B[:, None] * together + torch.arange(together)).flatten()
+    hessian_II = _damped(gram_II, mean, damping)
+    upper_II = _inverse_factor(_damped(gram_II, mean, damping, order_I.flip(0)))
+    if upper_II is not None and _holds(upper_II, hessian_II, order_I):
+        return Factor(order_I=order_I, upper_II=upper_II, hessian_II=hessian_II)
+    del upper_II, hessian_II
     for share in _dampings(damping):
-        hessian_II.diagonal().add_(share - added)
-        added = share
-        lower_II, failed = torch.linalg.cholesky_ex(hessian_II)
-        if not int(failed):
-            del hessian_II  # two matrices of f64 less at the peak, which lies inside _upper_inverse
-            upper_II = lower_II.flip(0, 1)
-            del lower_II
-            inverse_II = _upper_inverse(upper_II)
+        upper_II = _inverse_factor(_damped(gram_II, mean, share, order_I.flip(0), torch.float64))
+        if upper_II is not None:
             raised = f"the Hessian is not positive definite: damping raised to {share:g}" if share > damping else ""
-            return Factor(order_I=order_I, upper_II=inverse_II.float(), note=raised)
-    powers_I = hessian_II.diagonal().flip(0).clamp(min=1)
-    note = f"the Hessian is not positive definite at damping {added:g}: rounded to nearest with importance"
-    return Factor(order_I=order_I, upper_II=powers_I.rsqrt().diag().float(), note=note)
+            hessian_II = _damped(gram_II, mean, share)
+            return Factor(order_I=order_I, upper_II=upper_II, hessian_II=hessian_II, note=raised)
+    powers_I = _damped(gram_II, mean, share).diagonal().clamp(min=1)
+    note = f"the Hessian is not positive definite at damping {share:g}: rounded to nearest with importance"
+    upper_II = powers_I[order_I].rsqrt().diag()
+    return Factor(order_I=order_I, upper_II=upper_II, hessian_II=powers_I.diag(), note=note)
+
+
+def _damped(
+    gram_II: Tensor, mean: float, share: float, order_I: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The Hessian in units of its mean diagonal, `share` added to its own; inputs never seen have 1 there."""
+    hessian_II = (gram_II if order_I is None else gram_II[order_I][:, order_I]).to(dtype, copy=True).div_(mean)
+    diagonal_I = hessian_II.diagonal()
+    diagonal_I.add_(share + (diagonal_I <= 0).to(dtype))
+    return hessian_II
+
+
+def _inverse_factor(backwards_II: Tensor) -> Tensor | None:
+    """The upper factor f32 of the inverse of a matrix given with its columns reversed; None when it is not definite."""
+    lower_II, failed = torch.linalg.cholesky_ex(backwards_II)
+    del backwards_II  # the peak lies inside _upper_inverse
+    if int(failed):
+        return None
+    upper_II = lower_II.flip(0, 1)
+    del lower_II
+    return _upper_inverse(upper_II).float()
+
+
+def _holds(upper_II: Tensor, hessian_II: Tensor, order_I: Tensor) -> bool:
+    """Whether upper_II^T upper_II undoes hessian_II, as far as a few vectors of random signs can tell."""
+    random = torch.Generator().manual_seed(len(upper_II))
+    probe_IP = torch.randint(0, 2, (len(upper_II), PROBES), generator=random).float() * 2 - 1
+    back_IP = upper_II.T @ (upper_II @ (hessian_II @ probe_IP)[order_I])
+    return bool((back_IP - probe_IP[order_I]).square().mean().sqrt() < PROBE_ERROR)
 
 
 def _upper_inverse(upper_II: Tensor) -> Tensor:
@@ -135,31 +228,3 @@ def _dampings(first: float) -> Iterator[float]:
         share *= 10
     if first < 1:
         yield 1.0
-
-
-def _solve(block: Block, grids: Mapping[str, AffineGrid], factor: Factor) -> dict[str, Coded]:
-    """The linears in `grids`, which read one tap and have the same bits and group size, solved as one matrix."""
-    grid = next(iter(grids.values()))
-    weights = [block.tensors[name] for name in grids]
-    params = [
-        fit(f"{block.where} {name}", weight, own, importance_of(block, name))
-        for weight, (name, own) in zip(weights, grids.items(), strict=True)
-    ]
-    stored = [per_row(own, len(weight)) for own, weight in zip(params, weights, strict=True)]
-    ordered_OI, _ = columns.solve(
-        torch.cat(weights)[:, factor.order_I],
-        factor.upper_II,
-        torch.cat([scale_OG for scale_OG, _ in stored]),
-        torch.cat([zero_OG for _, zero_OG in stored]),
-        factor.order_I // grid.columns_per_scale(len(factor.order_I)),
-        low=grid.low,
-        high=grid.high,
-        threads=torch.get_num_threads(),
-    )
-    codes_OI = torch.empty_like(ordered_OI)
-    codes_OI[:, factor.order_I] = ordered_OI
-    split = torch.split(codes_OI, [len(weight) for weight in weights])
-    return {
-        name: Coded(grid=own, shape=tuple(weight.shape), parts={"codes": codes.clone(), **params_of})
-        for (name, own), weight, codes, params_of in zip(grids.items(), weights, split, params, strict=True)
-    }

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from converter.errors import NumericsError
 from converter.grids import Coded, Grid
-from converter.grids.affine import AffineGrid
 from converter.grids.plain import PlainGrid
 from converter.methods import Block, Options, Rounded
 
@@ -43,10 +42,12 @@ def importance_of(block: Block, name: str) -> Tensor | None:
 
     A column that stayed dark keeps a millionth of the mean: with none, its weights would cost nothing and become zero.
     """
+    if name in block.importance:
+        return block.importance[name]
     stats = block.stats_of(name)
     if stats is None:
         return None
-    mean_squares = (stats.sum_squares / stats.rows).to(torch.float32)
+    mean_squares = stats.sum_squares.to(torch.float32) / stats.rows  # in f32, as readers of an imatrix divide
     average = float(mean_squares.mean())
     return mean_squares.clamp(min=DARK * average) if average > SEEN else None
 
@@ -60,12 +61,6 @@ def nearest(where: str, weight: Tensor, grid: Grid, importance: Tensor | None) -
     """`weight` on `grid`, each value rounded to nearest. Raises NumericsError with `where` when the grid refuses it."""
     with _told(where, grid):
         return Coded(grid=grid, shape=tuple(weight.shape), parts=grid.encode(weight, importance))
-
-
-def fit(where: str, weight: Tensor, grid: AffineGrid, importance: Tensor | None) -> Mapping[str, Tensor]:
-    """The scale (and zero point) of `grid` for `weight`. Raises NumericsError with `where` when the grid refuses it."""
-    with _told(where, grid):
-        return grid.fit(weight, importance)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """How the kernels are compiled, and a disk cache that notices every change and stands several processes.
 
 numba's cache renews a function when its own file changes, not when a file it calls into does: after an update of
-`cpu_search.py` alone, the old search would go on running inside a cached kernel. So only the entry points are cached,
+`cpu/search.py` alone, the old search would go on running inside a cached kernel. So only the entry points are cached,
 and each under a name with a digest of all the files and constants it reaches. The alternative, no cache, costs ten
 seconds of compiling in every process. The price: an update leaves the old files in the cache, some 100 kB a kernel.
 
@@ -34,6 +34,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def compiled(function: Function) -> Function:
     """`function` as a part of kernels: IEEE division, no fast-math, not cached by itself."""
     made: Function = numba.njit(nogil=True, error_model="numpy")(function)
+    return made
+
+
+def inlined(function: Function) -> Function:
+    """`function` as a part of kernels that leaves no call behind, and cannot be called from Python.
+
+    A call counts the references of every array, atomically: some 40 cycles each, more than an inner loop may cost.
+    """
+    made: Function = numba.njit(
+        nogil=True, error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
+    )(function)
     return made
 
 

@@ -1,7 +1,9 @@
-"""Columns: GPTQ's loop, which rounds one column after the other and corrects those not yet rounded.
+"""Columns: choosing a weight's codes one column after the other against a Hessian, on a frame that stays as it is.
 
-Blocks of 128 columns are solved in a kernel, then one matrix product corrects all columns behind the block. The
-alternative, the same loop in torch, launches some ten operations per column: 5 times the time and more on a CPU.
+`solve` is GPTQ's loop, which rounds a column and corrects those not yet rounded; `refine` is coordinate descent, which
+goes back to columns that were. Blocks of 128 columns are worked on in a kernel, then one matrix product corrects all
+columns beyond the block. The alternative, the same loops in torch, launches some ten operations per column: 5 times the
+time and more on a CPU.
 
 # O out, I in, G groups of a row.
 """
@@ -15,7 +17,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantkernels.columns import cpu, reference
+from quantkernels.columns import cpu, cpu_points, points, reference, reference_points
+from quantkernels.columns.frame import AnyFrame, Frame, Ladder, PointFrame, join_code, split, split_code, stack
+from quantkernels.columns.rescale import rescale
+
+__all__ = [
+    "AnyFrame",
+    "Frame",
+    "Ladder",
+    "PointFrame",
+    "join_code",
+    "refine",
+    "rescale",
+    "solve",
+    "split",
+    "split_code",
+    "stack",
+]
 
 Backend = Literal["cpu", "reference"]
 BLOCK = 128  # columns per kernel call: a tile of 128 x 32 weights stays in the first-level cache
@@ -24,36 +42,101 @@ BLOCK = 128  # columns per kernel call: a tile of 128 x 32 weights stays in the 
 def solve(
     weight: Tensor,
     factor: Tensor,
-    scale_OG: Tensor,
-    zero_OG: Tensor,
-    group_I: Tensor,
+    frame: AnyFrame,
+    order_I: Tensor,
     *,
-    low: int,
-    high: int,
     threads: int = 1,
     backend: Backend = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """The codes [O, I] i8, and each row's error [O] f64.
+    """The codes of the frame, i8 [O, I] or i32 [O, I / 8], and each row's error [O] f64.
 
-    weight [O, I] f32, finite, columns in the order to round them; factor [I, I] f32 is upper triangular with
-    factor^T factor = the inverse of the Hessian (in the same order); scale_OG f32 and zero_OG give the grid, group_I
-    the group of each column; low and high bound the codes. A code of scale 0 means 0. A row's error is
-    (w - w') H (w - w')^T, with w' what its codes mean.
+    weight [O, I] f32, finite; order_I the columns in the order to round them, those of a code following each other;
+    factor [I, I] f32 is upper triangular with factor^T factor = the inverse of the Hessian in that order. Where a scale
+    is 0 the code means the offset. A row's error is (w - w') H (w - w')^T, with w' what its codes mean.
     Rows do not depend on each other, so results do not depend on `threads`; the product behind a block runs on torch's
     own threads.
-    Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1.
+    Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1; for several columns as one Tseng et al. 2024, QuIP#,
+    arXiv:2402.04396.
     """
-    left = np.array(weight.detach().numpy(), np.float32, order="C")  # a copy: it is corrected in place
+    left = weight.detach().float()[:, order_I].contiguous().numpy()  # a copy: it is corrected in place
+    error = np.zeros(len(left), np.float64)
+    codes_order = order_I[:: frame.together] // frame.together
+    ordered = np.zeros((len(left), len(codes_order)), np.int8 if frame.together == 1 else np.int32)
     upper = _floats(factor)
-    scales, zeros = _floats(scale_OG), _floats(zero_OG)
-    groups = np.ascontiguousarray(group_I.numpy(), np.int64)
-    codes = np.zeros(left.shape, np.int8)
-    error = np.zeros(left.shape[0], np.float64)
-    if backend == "reference":
-        reference.solve(left, upper, scales, zeros, groups, low, high, codes, error)
-    else:
-        cpu.solve(left, upper, scales, zeros, groups, low, high, codes, error, block=BLOCK, threads=threads)
-    return torch.from_numpy(codes), torch.from_numpy(error)
+    match frame, backend:
+        case Frame(), "cpu":
+            cpu.solve(left, upper, _grid(frame, order_I), ordered, error, block=BLOCK, threads=threads)
+        case Frame(), _:
+            reference.solve(left, upper, _grid(frame, order_I), ordered, error)
+        case PointFrame(), "cpu":
+            grid = _point_grid(frame, order_I)
+            cpu_points.solve(left, upper, grid, ordered, error, block=BLOCK, threads=threads)
+        case PointFrame(), _:
+            reference_points.solve(left, upper, _point_grid(frame, order_I), ordered, error)
+    codes = torch.from_numpy(np.empty_like(ordered))
+    codes[:, codes_order] = torch.from_numpy(ordered)
+    return codes, torch.from_numpy(error)
+
+
+def refine(
+    weight: Tensor,
+    hessian: Tensor,
+    frame: AnyFrame,
+    codes: Tensor,
+    *,
+    sweeps: int,
+    threads: int = 1,
+    backend: Backend = "cpu",
+) -> Tensor:
+    """Codes with no more error than `codes`: each in turn moves to where the error is least, `sweeps` times.
+
+    weight [O, I] f32; hessian [I, I] f32, symmetric and positive definite; the error is that of `solve`. With
+    P = (w' - w) H kept up to date, the best value of column j is w'_j - P_j / H_jj, and likewise for the columns that
+    share a code; ties and a diagonal Hessian leave every code that was nearest as it was. Columns go in their own
+    order: descent forgets the order it began with.
+    Source: Behdin et al. 2023, QuantEase, arXiv:2309.01885.
+    """
+    moved = codes.clone(memory_format=torch.contiguous_format).numpy()
+    value = frame.decode(codes).contiguous()
+    off = (value - weight).contiguous()  # laid out as weight is, otherwise
+    arrays = off.numpy(), value.numpy(), _floats(hessian)
+    order_I = torch.arange(weight.shape[1])
+    for _ in range(sweeps):
+        match frame, backend:
+            case Frame(), "cpu":
+                cpu.refine(*arrays, _grid(frame, order_I), moved, block=BLOCK, threads=threads)
+            case Frame(), _:
+                reference.refine(*arrays, (off @ hessian).numpy(), _grid(frame, order_I), moved)
+            case PointFrame(), "cpu":
+                cpu_points.refine(*arrays, _point_grid(frame, order_I), moved, block=BLOCK, threads=threads)
+            case PointFrame(), _:
+                reference_points.refine(*arrays, (off @ hessian).numpy(), _point_grid(frame, order_I), moved)
+    return torch.from_numpy(moved)
+
+
+def _grid(frame: Frame, order_I: Tensor) -> reference.Grid:
+    return reference.Grid(
+        scale_OG=_floats(frame.scale_OG),
+        zero_OG=_floats(frame.zero_OG),
+        offset_OG=_floats(frame.offset_OG),
+        group_I=_groups(order_I, frame.group_size),
+        low=frame.low,
+        high=frame.high,
+        table=np.array(frame.table, np.float32),
+    )
+
+
+def _point_grid(frame: PointFrame, order_I: Tensor) -> points.Grid:
+    return points.Grid(
+        scale_OG=_floats(frame.scale_OG),
+        zero_OG=_floats(frame.zero_OG),
+        group_I=_groups(order_I, frame.group_size),
+        points=points.ordered(_floats(frame.points_PD), frame.signs),
+    )
+
+
+def _groups(order_I: Tensor, group_size: int) -> NDArray[np.int64]:
+    return np.ascontiguousarray((order_I // group_size).numpy(), np.int64)
 
 
 def _floats(values: Tensor) -> NDArray[np.float32]:

@@ -1,11 +1,11 @@
-"""The column loop in numba: 32 rows at a time, one row per SIMD lane.
+"""The column loops in numba: 32 rows at a time, one row per SIMD lane.
 
 Within a block of columns the operations and their order are those of `reference.py`, lane by lane, so a weight of at
-most 128 columns gets its very bits. Behind a block the corrections of its 128 columns are summed by a matrix product
+most 128 columns gets its very bits. Beyond a block the corrections of its 128 columns are summed by a matrix product
 before they are subtracted, which rounds differently: codes may then differ where a value lies within about 1e-6 steps
 of a tie.
 
-# O out, I in, G groups of a row, C columns of the block, R rows of a tile.
+# O out, I in, G groups of a row, C columns of the block, R rows of a tile, L levels of a table.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quantkernels.compiling import kernel
+from quantkernels.columns.reference import WORTH, Codes, Floats, Grid
+from quantkernels.compiling import compiled, kernel
 from quantkernels.rows import over_rows
 
-Floats = NDArray[np.float32]
 LANES = 32
 ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to nearest even, up to 2**22
 ZERO, INFINITE = np.float32(0), np.float32(np.inf)
@@ -28,12 +28,8 @@ ZERO, INFINITE = np.float32(0), np.float32(np.inf)
 def solve(
     left_OI: Floats,
     factor_II: Floats,
-    scale_OG: Floats,
-    zero_OG: Floats,
-    group_I: NDArray[np.int64],
-    low: int,
-    high: int,
-    codes_OI: NDArray[np.int8],
+    grid: Grid,
+    codes_OI: Codes,
     error_O: NDArray[np.float64],
     *,
     block: int,
@@ -42,47 +38,122 @@ def solve(
     """Fills codes_OI and error_O; left_OI, the weights still to be rounded, is corrected in place."""
     rows, columns = left_OI.shape
     left, factor = torch.from_numpy(left_OI), torch.from_numpy(factor_II)
+    middles_L = _middles(grid)
     for first in range(0, columns, block):
-        last = min(first + block, columns)
-        push_OC = np.empty((rows, last - first), np.float32)
-        inside = slice(first, last)
-        _solve_rows(
-            threads,
-            first,
-            left_OI,
-            np.ascontiguousarray(factor_II[inside, inside]),
-            scale_OG,
-            zero_OG,
-            group_I[inside],
-            low,
-            high,
-            codes_OI,
-            push_OC,
-            error_O,
-        )
-        left[:, last:].addmm_(torch.from_numpy(push_OC), factor[inside, last:], alpha=-1)
+        inside = slice(first, min(first + block, columns))
+        factor_CC = np.ascontiguousarray(factor_II[inside, inside])
+        push_OC = np.empty((rows, inside.stop - first), np.float32)
+
+        def piece(top: int, bottom: int) -> None:
+            some = slice(top, bottom)
+            solve_block(
+                first,  # noqa: B023 - called before the loop goes on
+                left_OI[some],
+                factor_CC,  # noqa: B023
+                grid.scale_OG[some],
+                grid.zero_OG[some],
+                grid.offset_OG[some],
+                grid.group_I,
+                np.float32(grid.low),
+                np.float32(grid.high),
+                grid.table,
+                middles_L,
+                codes_OI[some],
+                push_OC[some],  # noqa: B023
+                error_O[some],
+            )
+
+        over_rows(rows, threads, piece)
+        left[:, inside.stop :].addmm_(torch.from_numpy(push_OC), factor[inside, inside.stop :], alpha=-1)
 
 
-def _solve_rows(
+def refine(
+    off_OI: Floats,
+    value_OI: Floats,
+    hessian_II: Floats,
+    grid: Grid,
+    codes_OI: Codes,
+    *,
+    block: int,
     threads: int,
-    first: int,
-    left_OI: Floats,
-    factor_CC: Floats,
-    scale_OG: Floats,
-    zero_OG: Floats,
-    group_C: NDArray[np.int64],
-    low: int,
-    high: int,
-    codes_OI: NDArray[np.int8],
-    push_OC: Floats,
-    error_O: NDArray[np.float64],
 ) -> None:
-    def piece(top: int, bottom: int) -> None:
-        rows = slice(top, bottom)
-        grid = (scale_OG[rows], zero_OG[rows], group_C, np.float32(low), np.float32(high))
-        solve_block(first, left_OI[rows], factor_CC, *grid, codes_OI[rows], push_OC[rows], error_O[rows])
+    """One sweep of coordinate descent: value_OI, off_OI = value_OI - weight, and codes_OI, all in place.
 
-    over_rows(left_OI.shape[0], threads, piece)
+    The slopes of a block are the product of what is off everywhere with its columns of the Hessian. Keeping those of
+    all columns up to date instead takes as many products, one more to begin with, and gathers rounding errors.
+    """
+    rows, columns = value_OI.shape
+    off, hessian = torch.from_numpy(off_OI), torch.from_numpy(hessian_II)
+    middles_L = _middles(grid)
+    for first in range(0, columns, block):
+        inside = slice(first, min(first + block, columns))
+        hessian_CC = np.ascontiguousarray(hessian_II[inside, inside])
+        slope_OC = (off @ hessian[:, inside]).contiguous().numpy()
+
+        def piece(top: int, bottom: int) -> None:
+            some = slice(top, bottom)
+            refine_block(
+                first,  # noqa: B023 - called before the loop goes on
+                value_OI[some],
+                hessian_CC,  # noqa: B023
+                grid.scale_OG[some],
+                grid.zero_OG[some],
+                grid.offset_OG[some],
+                grid.group_I,
+                np.float32(grid.low),
+                np.float32(grid.high),
+                grid.table,
+                middles_L,
+                codes_OI[some],
+                slope_OC[some],  # noqa: B023
+                off_OI[some],
+            )
+
+        over_rows(rows, threads, piece)
+
+
+def _middles(grid: Grid) -> Floats:
+    """Where the nearest level of a table changes; empty without a table."""
+    return (grid.table[1:] + grid.table[:-1]) / np.float32(2)
+
+
+@compiled
+def to_levels(
+    steps_R: Floats, zero_R: Floats, low: Any, high: Any, table_L: Floats, middles_L: Floats, level_R: Floats
+) -> None:
+    """Replaces steps_R, wanted values less the offset in units of the scale, by the nearest that a code can mean.
+
+    level_R is scratch.
+    """
+    if len(table_L) == 0:
+        for r in range(LANES):
+            steps = steps_R[r]
+            lowest, highest = low - zero_R[r], high - zero_R[r]
+            steps = lowest if steps < lowest else steps
+            steps = highest if steps > highest else steps
+            steps_R[r] = (steps + ROUND) - ROUND
+        return
+    for r in range(LANES):
+        steps_R[r] += zero_R[r]
+        level_R[r] = table_L[0]
+    for k in range(len(middles_L)):
+        middle, above = middles_L[k], table_L[k + 1]
+        for r in range(LANES):
+            level_R[r] = above if steps_R[r] > middle else level_R[r]
+    for r in range(LANES):
+        steps_R[r] = level_R[r] - zero_R[r]
+
+
+@compiled
+def code_of(steps: Any, zero: Any, table_L: Floats) -> Any:
+    """The code of a level as to_levels gives it."""
+    if len(table_L) == 0:
+        return np.int8(steps + zero)
+    level = steps + zero
+    code = 0
+    for k in range(1, len(table_L)):
+        code += table_L[k] <= level
+    return np.int8(code)
 
 
 @kernel
@@ -92,10 +163,13 @@ def solve_block(
     factor_CC: Floats,
     scale_OG: Floats,
     zero_OG: Floats,
-    group_C: NDArray[np.int64],
+    offset_OG: Floats,
+    group_I: NDArray[np.int64],
     low: Any,
     high: Any,
-    codes_OI: NDArray[np.int8],
+    table_L: Floats,
+    middles_L: Floats,
+    codes_OI: Codes,
     push_OC: Floats,
     error_O: NDArray[np.float64],
 ) -> None:
@@ -105,32 +179,93 @@ def solve_block(
     """
     rows, columns = push_OC.shape
     tile_CR = np.zeros((columns, LANES), np.float32)
-    scale_R, zero_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
-    push_R, steps_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    scale_R, zero_R, offset_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    push_R, steps_R, level_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     for top in range(0, rows, LANES):
         used = min(LANES, rows - top)
         for r in range(used):
             for i in range(columns):
                 tile_CR[i, r] = left_OI[top + r, first + i]
         for i in range(columns):
+            group = group_I[first + i]
             for r in range(used):
-                scale_R[r] = scale_OG[top + r, group_C[i]]
-                zero_R[r] = zero_OG[top + r, group_C[i]]
+                scale_R[r] = scale_OG[top + r, group]
+                zero_R[r] = zero_OG[top + r, group]
+                offset_R[r] = offset_OG[top + r, group]
+            for r in range(LANES):
+                steps_R[r] = (tile_CR[i, r] - offset_R[r]) / (scale_R[r] if scale_R[r] != ZERO else INFINITE)
+            to_levels(steps_R, zero_R, low, high, table_L, middles_L, level_R)
             diagonal = factor_CC[i, i]
             for r in range(LANES):
-                value = tile_CR[i, r]
-                steps = value / (scale_R[r] if scale_R[r] != ZERO else INFINITE)
-                lowest, highest = low - zero_R[r], high - zero_R[r]
-                steps = lowest if steps < lowest else steps
-                steps = highest if steps > highest else steps
-                steps = (steps + ROUND) - ROUND
-                steps_R[r] = steps
-                push_R[r] = (value - steps * scale_R[r]) / diagonal
+                push_R[r] = (tile_CR[i, r] - (steps_R[r] * scale_R[r] + offset_R[r])) / diagonal
             for j in range(i + 1, columns):
                 share = factor_CC[i, j]
                 for r in range(LANES):
                     tile_CR[j, r] -= push_R[r] * share
             for r in range(used):
-                codes_OI[top + r, first + i] = np.int8(steps_R[r] + zero_R[r])
+                codes_OI[top + r, first + i] = code_of(steps_R[r], zero_R[r], table_L)
                 push_OC[top + r, i] = push_R[r]
                 error_O[top + r] += np.float64(push_R[r]) * np.float64(push_R[r])
+
+
+@kernel
+def refine_block(
+    first: int,
+    value_OI: Floats,
+    hessian_CC: Floats,
+    scale_OG: Floats,
+    zero_OG: Floats,
+    offset_OG: Floats,
+    group_I: NDArray[np.int64],
+    low: Any,
+    high: Any,
+    table_L: Floats,
+    middles_L: Floats,
+    codes_OI: Codes,
+    slope_OC: Floats,
+    off_OI: Floats,
+) -> None:
+    """Moves each code of the block that begins at `first` to where the error is least, the others held.
+
+    slope_OC holds the slopes inside the block; they are kept up to date in a tile.
+    """
+    rows, columns = slope_OC.shape
+    slope_CR = np.zeros((columns, LANES), np.float32)
+    scale_R, zero_R, offset_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    best_R, steps_R, change_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    value_R, level_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    for top in range(0, rows, LANES):
+        used = min(LANES, rows - top)
+        for r in range(used):
+            for i in range(columns):
+                slope_CR[i, r] = slope_OC[top + r, i]
+        for i in range(columns):
+            group = group_I[first + i]
+            for r in range(used):
+                scale_R[r] = scale_OG[top + r, group]
+                zero_R[r] = zero_OG[top + r, group]
+                offset_R[r] = offset_OG[top + r, group]
+                value_R[r] = value_OI[top + r, first + i]
+            diagonal = hessian_CC[i, i]
+            for r in range(LANES):
+                best_R[r] = value_R[r] - slope_CR[i, r] / diagonal
+                steps_R[r] = (best_R[r] - offset_R[r]) / (scale_R[r] if scale_R[r] != ZERO else INFINITE)
+            to_levels(steps_R, zero_R, low, high, table_L, middles_L, level_R)
+            for r in range(LANES):
+                value = steps_R[r] * scale_R[r] + offset_R[r]
+                better = abs(value - best_R[r]) < abs(value_R[r] - best_R[r]) * WORTH
+                change_R[r] = value - value_R[r] if better else ZERO
+                value_R[r] = value if better else value_R[r]
+            moved = 0
+            for r in range(used):
+                if change_R[r] != ZERO:
+                    off_OI[top + r, first + i] += change_R[r]
+                    value_OI[top + r, first + i] = value_R[r]
+                    codes_OI[top + r, first + i] = code_of(steps_R[r], zero_R[r], table_L)
+                    moved += 1
+            if moved == 0:
+                continue
+            for j in range(columns):
+                share = hessian_CC[i, j]
+                for r in range(LANES):
+                    slope_CR[j, r] += change_R[r] * share

@@ -1,33 +1,66 @@
-"""The truth for the column loop: the paper's algorithm without blocks.
+"""The truth for choosing codes column by column: the papers' algorithms without blocks.
 
 # O out, I in, G groups of a row.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Codes = NDArray[np.int8]
+# A code moves only where its distance to the best value falls by more than this share: far above what f32 leaves
+# uncertain in a distance, so that exact ties, and a diagonal Hessian, leave every code as it was.
+WORTH = np.float32(1 - 1e-4)
 
 
-def solve(
-    left_OI: Floats,
-    factor_II: Floats,
-    scale_OG: Floats,
-    zero_OG: Floats,
-    group_I: NDArray[np.int64],
-    low: int,
-    high: int,
-    codes_OI: NDArray[np.int8],
-    error_O: NDArray[np.float64],
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A frame as arrays: see Frame. group_I is the group of each column in the order of solving; table may be empty."""
+
+    scale_OG: Floats
+    zero_OG: Floats
+    offset_OG: Floats
+    group_I: NDArray[np.int64]
+    low: int
+    high: int
+    table: Floats
+
+
+def solve(left_OI: Floats, factor_II: Floats, grid: Grid, codes_OI: Codes, error_O: NDArray[np.float64]) -> None:
     """Fills codes_OI and error_O; left_OI, the weights still to be rounded, is corrected in place."""
     for i in range(left_OI.shape[1]):
-        scale_O, zero_O = scale_OG[:, group_I[i]], zero_OG[:, group_I[i]]
-        divisor_O = np.where(scale_O == 0, np.float32(np.inf), scale_O)
-        steps_O = np.rint(np.clip(left_OI[:, i] / divisor_O, low - zero_O, high - zero_O))
-        codes_OI[:, i] = (steps_O + zero_O).astype(np.int8)
-        push_O = (left_OI[:, i] - steps_O * scale_O) / factor_II[i, i]
+        codes_OI[:, i], value_O = nearest(left_OI[:, i], grid, i)
+        push_O = (left_OI[:, i] - value_O) / factor_II[i, i]
         left_OI[:, i + 1 :] -= np.outer(push_O, factor_II[i, i + 1 :])
         error_O += push_O.astype(np.float64) ** 2
+
+
+def refine(off_OI: Floats, value_OI: Floats, hessian_II: Floats, slope_OI: Floats, grid: Grid, codes_OI: Codes) -> None:
+    """One sweep: off_OI = value - weight, value_OI, what the codes mean, slope_OI = off hessian and codes, in place."""
+    for i in range(value_OI.shape[1]):
+        best_O = value_OI[:, i] - slope_OI[:, i] / hessian_II[i, i]
+        code_O, value_O = nearest(best_O, grid, i)
+        moves_O = np.abs(value_O - best_O) < np.abs(value_OI[:, i] - best_O) * WORTH
+        change_O = np.where(moves_O, value_O - value_OI[:, i], np.float32(0))
+        codes_OI[:, i] = np.where(moves_O, code_O, codes_OI[:, i])
+        value_OI[:, i] = np.where(moves_O, value_O, value_OI[:, i])
+        off_OI[:, i] += change_O
+        slope_OI += np.outer(change_O, hessian_II[i])
+
+
+def nearest(wanted_O: Floats, grid: Grid, i: int) -> tuple[Codes, Floats]:
+    """The codes of column i whose values are nearest to wanted_O, and those values."""
+    group = grid.group_I[i]
+    scale_O, zero_O, offset_O = grid.scale_OG[:, group], grid.zero_OG[:, group], grid.offset_OG[:, group]
+    steps_O = (wanted_O - offset_O) / np.where(scale_O == 0, np.float32(np.inf), scale_O)
+    if len(grid.table):
+        middles = (grid.table[1:] + grid.table[:-1]) / 2
+        code_O = (steps_O[:, None] + zero_O[:, None] > middles).sum(1)
+        levels_O: Floats = grid.table[code_O] - zero_O
+        return code_O.astype(np.int8), levels_O * scale_O + offset_O
+    whole_O: Floats = np.rint(np.clip(steps_O, grid.low - zero_O, grid.high - zero_O))
+    return (whole_O + zero_O).astype(np.int8), whole_O * scale_O + offset_O

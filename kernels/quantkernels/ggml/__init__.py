@@ -1,27 +1,31 @@
 """Weights to ggml blocks and back, byte-equal to stock ggml, with and without importance.
 
 Kernels named after a ggml type give exactly the bytes of `ggml_quantize_chunk`, so a converted file can be compared
-with anyone's. The alternative, a better search, gives a lower error and other bytes; it would carry another name.
+with anyone's. `search="thorough"` is the alternative: a lower error in the same format, and bytes of its own.
 
-`reference.py` is the readable truth; `cpu_*.py` run the same steps for 16 blocks at a time.
+`reference/` is the readable truth; `cpu/` runs the same steps for 16 blocks at a time, `gpu/` for a GPU's thousands.
+`thorough/` holds the other search. Tensors on a GPU take its kernels by themselves; `backend` asks for one by name.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quantkernels.ggml import cpu, packing, reference
+from quantkernels.ggml import cpu, packing, reference, thorough
+from quantkernels.ggml.checks import check_scales, check_values, magnitude_limit
 from quantkernels.ggml.layout import TYPES, BlockType
 from quantkernels.rows import over_rows
 
-__all__ = ["TYPES", "BlockType", "block_size", "dequantize", "quantize", "row_bytes"]
+__all__ = ["TYPES", "BlockType", "Search", "block_size", "dequantize", "quantize", "row_bytes"]
 
 Array = TypeVar("Array", NDArray[Any], torch.Tensor)
-Backend = Literal["cpu", "reference"]
+Backend = Literal["cpu", "reference", "triton"]
+Search = Literal["ggml", "thorough"]
 
 _SLAB_WEIGHTS = 1 << 18  # rows are cast, checked and quantized this many weights at a time: 1 MiB, which stays in cache
 
@@ -45,50 +49,76 @@ def quantize(
     importance: Array | None = None,
     *,
     threads: int = 1,
-    backend: Backend = "cpu",
+    backend: Backend | None = None,
+    search: Search = "ggml",
 ) -> Array:
     """The ggml bytes of `rows`, the same as `ggml_quantize_chunk` gives.
 
-    rows [R, C] f32, f16 or bf16 on the CPU; importance [C], the mean square of each input column, or None; types that
-    have no use for importance ignore it. Gives [R, row_bytes(type, C)] u8, numpy for numpy and torch for torch. Threads
-    share the rows and never change a byte.
-    Raises ValueError for an unknown type, a shape that does not fit, a value that is not finite (naming row and
-    column), an importance that is negative or not finite, and a block whose scale is beyond float16.
+    With search "thorough" every type heeds importance and no block has a higher weighted square error than ggml's; the
+    floating-point types, where there is nothing to search, stay as they are.
+
+    rows [R, C] f32, f16 or bf16 on the CPU or a GPU; importance [C], the mean square of each input column, or None;
+    types that have no use for importance ignore it. Gives [R, row_bytes(type, C)] u8 on the device of the rows, numpy
+    for numpy and torch for torch. Threads share the rows of the CPU and never change a byte.
+    Raises ValueError for an unknown type or search, a search that the type or the device does not have, a shape that
+    does not fit, a value that is not finite (naming row and column), an importance that is negative or not finite, and
+    a block whose scale is beyond float16.
     """
     known = _known(type)
+    if search not in ("ggml", "thorough"):
+        raise ValueError(f"unknown search {search!r}; known are ggml, thorough")
     if rows.ndim != 2:
         raise ValueError(f"rows must be [R, C]; got shape {tuple(rows.shape)}")
     count, columns = rows.shape
-    out = np.empty((count, row_bytes(type, columns)), np.uint8)
+    if not count:
+        raise ValueError(f"there are no rows to quantize; got shape {tuple(rows.shape)}")
+    width = row_bytes(type, columns)
     weights = _checked_importance(importance, columns)
+    if known.needs_importance and weights is None:
+        raise ValueError(f"{known.name} cannot be made without importance; give one value per column: [{columns}]")
+    if isinstance(rows, torch.Tensor) and (rows.is_cuda if backend is None else backend == "triton"):
+        if search != "ggml":
+            raise ValueError(f"no GPU kernel makes {known.name} with the search {search!r}; move the rows to the CPU")
+        made: torch.Tensor = _gpu().quantize(rows, known, None if weights is None else torch.from_numpy(weights))
+        return made
+    out = np.empty((count, width), np.uint8)
     height = max(1, _SLAB_WEIGHTS // columns)
 
     def fill(first: int, last: int) -> None:
         for start in range(first, last, height):
             slab = _as_float32(rows[start : min(start + height, last)])
             blocks = out[start : start + len(slab)]
-            _check_finite(slab, start)
-            _quantize_slab(slab, known, weights if known.uses_importance else None, backend, blocks)
-            _check_scales(blocks, known, start)
+            if not cpu.all_below(slab.reshape(-1), np.float32(magnitude_limit(known))):
+                check_values(slab, known, start)
+            if search == "thorough" and known.weights > 1:
+                thorough.quantize_blocks(slab, known, weights, blocks, truth=backend == "reference")
+            else:
+                _quantize_slab(slab, known, weights if known.uses_importance else None, backend, blocks)
+            check_scales(blocks, known, start)
 
     over_rows(count, threads, fill)
     return _like(out, rows)
 
 
-def dequantize(blocks: Array, type: str, columns: int | None = None) -> Array:
+def dequantize(blocks: Array, type: str, columns: int | None = None, *, backend: Backend | None = None) -> Array:
     """The weights that `blocks` [R, bytes] u8 stand for, [R, C] f32, equal bit for bit to ggml's own.
+
+    Those of blocks on a GPU stay there.
 
     columns is checked against the bytes when given. Raises ValueError for an unknown type or bytes that do not fit.
     """
     known = _known(type)
-    raw: NDArray[np.uint8] = np.ascontiguousarray(blocks.numpy() if isinstance(blocks, torch.Tensor) else blocks)
-    if raw.ndim != 2 or raw.dtype != np.uint8 or raw.shape[1] % known.size_bytes:
+    if blocks.ndim != 2 or blocks.dtype not in (np.uint8, torch.uint8) or blocks.shape[1] % known.size_bytes:
         raise ValueError(
-            f"blocks of {type} must be u8 [R, multiple of {known.size_bytes}]; got {raw.dtype} {raw.shape}"
+            f"blocks of {type} must be u8 [R, multiple of {known.size_bytes}]; got {blocks.dtype} {tuple(blocks.shape)}"
         )
-    width = raw.shape[1] // known.size_bytes * known.weights
+    width = blocks.shape[1] // known.size_bytes * known.weights
     if columns is not None and columns != width:
-        raise ValueError(f"rows of {raw.shape[1]} bytes hold {width} weights of {type}, not {columns}")
+        raise ValueError(f"rows of {blocks.shape[1]} bytes hold {width} weights of {type}, not {columns}")
+    if isinstance(blocks, torch.Tensor) and (blocks.is_cuda if backend is None else backend == "triton"):
+        read: torch.Tensor = _gpu().dequantize(blocks, known)
+        return read
+    raw: NDArray[np.uint8] = np.ascontiguousarray(blocks.numpy() if isinstance(blocks, torch.Tensor) else blocks)
     if type == "F32":
         weights = raw.view("<f4")
     elif type == "F16":
@@ -105,6 +135,15 @@ def _known(type: str) -> BlockType:
     if known is None:
         raise ValueError(f"unknown ggml type {type!r}; known are {', '.join(TYPES)}")
     return known
+
+
+def _gpu() -> ModuleType:
+    """The Triton backend, which needs a package that machines without a GPU can do without."""
+    try:
+        from quantkernels.ggml import gpu
+    except ModuleNotFoundError as error:
+        raise ValueError("tensors on a GPU need the package triton: install hubmill[gpu]") from error
+    return gpu
 
 
 def _like(result: NDArray[Any], example: Array) -> Array:
@@ -125,7 +164,7 @@ def _as_float32(rows: Array) -> NDArray[np.float32]:
 def _checked_importance(importance: Array | None, columns: int) -> NDArray[np.float32] | None:
     if importance is None:
         return None
-    plain = importance.detach().float().numpy() if isinstance(importance, torch.Tensor) else importance
+    plain = importance.detach().float().cpu().numpy() if isinstance(importance, torch.Tensor) else importance
     weights = np.ascontiguousarray(plain, np.float32)
     if weights.shape != (columns,):
         raise ValueError(f"importance must have one value per column: [{columns}]; got {weights.shape}")
@@ -136,31 +175,11 @@ def _checked_importance(importance: Array | None, columns: int) -> NDArray[np.fl
     return weights
 
 
-def _check_finite(rows: NDArray[np.float32], first_row: int) -> None:
-    if not cpu.all_finite(rows.reshape(-1)):
-        row, column = divmod(int(np.argmin(np.isfinite(rows))), rows.shape[1])
-        raise ValueError(f"rows must be finite; row {first_row + row} column {column} holds {rows[row, column]}")
-
-
-def _check_scales(blocks: NDArray[np.uint8], known: BlockType, first_row: int) -> None:
-    """Raise ValueError where a float16 field is infinite or NaN: the file would hold weights that are not finite."""
-    for offset in known.half_fields:
-        high = blocks[:, offset + 1 :: known.size_bytes]
-        wrong = (high & 0x7C) == 0x7C
-        if wrong.any():
-            row, block = divmod(int(np.argmax(wrong)), wrong.shape[1])
-            start = block * known.weights
-            raise ValueError(
-                f"the scale of row {first_row + row} columns {start} to {start + known.weights - 1} "
-                f"is beyond float16, so {known.name} cannot hold it"
-            )
-
-
 def _quantize_slab(
     rows: NDArray[np.float32],
     known: BlockType,
     importance: NDArray[np.float32] | None,
-    backend: Backend,
+    backend: Backend | None,
     out: NDArray[np.uint8],
 ) -> None:
     if known.name == "F32":

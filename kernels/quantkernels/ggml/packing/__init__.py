@@ -6,57 +6,33 @@ integers; fields keep their order in the file. Source: the block structs and deq
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from quantkernels.ggml.layout import SUPER_BLOCK
+from quantkernels.ggml.packing.fields import Integers, half_at, half_bytes, join, split
+from quantkernels.ggml.packing.fp4 import unpack_fp4
+from quantkernels.ggml.packing.iq1 import unpack_iq1
+from quantkernels.ggml.packing.iq2 import unpack_iq2
+from quantkernels.ggml.packing.iq3 import unpack_iq3
+from quantkernels.ggml.packing.iq4 import unpack_iq4
+from quantkernels.ggml.packing.ternary import unpack_ternary
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
-Integers = NDArray[np.integer[Any]]  # bytes still: numpy keeps u8 through shifts by small ints, its stubs do not know
-
-
-def as_half(values: Floats) -> Floats:
-    """The float32 values that survive storing as float16."""
-    return values.astype(np.float16).astype(np.float32)
-
-
-def _half_bytes(values: Floats) -> Bytes:
-    return values.astype("<f2")[:, None].view(np.uint8)
-
-
-def _half_at(blocks: Bytes, offset: int) -> Floats:
-    field: NDArray[np.float16] = np.ascontiguousarray(blocks[:, offset : offset + 2]).view("<f2")
-    return field.astype(np.float32)
-
-
-def _join(parts: Integers, width: int) -> Bytes:
-    """Fold `parts` [B, P, N], each below 2**width, into bytes: part p takes bits p * width and up."""
-    shifts = (np.arange(parts.shape[1], dtype=np.uint8) * width).astype(np.uint8)
-    joined: Bytes = np.bitwise_or.reduce(parts << shifts[:, None], axis=1)
-    return joined
-
-
-def _split(joined: Bytes, width: int, count: int) -> Bytes:
-    """The inverse of `_join`: [B, count, N]."""
-    shifts = (np.arange(count, dtype=np.uint8) * width).astype(np.uint8)
-    parts: Bytes = (joined[:, None, :] >> shifts[:, None]) & np.uint8((1 << width) - 1)
-    return parts
 
 
 def pack_legacy(name: str, scale_B: Floats, minimum_B: Floats | None, codes_BN: Floats) -> Bytes:
     """Blocks of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0, [B, bytes]; codes of Q8_0 are signed, the others are not."""
-    fields = [_half_bytes(scale_B)]
+    fields = [half_bytes(scale_B)]
     if minimum_B is not None:
-        fields.append(_half_bytes(minimum_B))
+        fields.append(half_bytes(minimum_B))
     if name == "Q8_0":
         return np.concatenate([*fields, codes_BN.astype(np.int8).view(np.uint8)], axis=1)
     codes = codes_BN.astype(np.uint8)
     if name.startswith("Q5"):
         fields.append(np.packbits(codes >> 4, axis=1, bitorder="little"))
-    return np.concatenate([*fields, _join((codes & 15).reshape(-1, 2, 16), 4)], axis=1)
+    return np.concatenate([*fields, join((codes & 15).reshape(-1, 2, 16), 4)], axis=1)
 
 
 def pack_sub_scales(name: str, scales_SJ: Floats, depths_SJ: Floats) -> Bytes:
@@ -89,21 +65,21 @@ def unpack_sub_scales(name: str, fields: Bytes) -> tuple[Floats, Floats]:
 
 def pack_scale_min_k(name: str, d_S: Floats, dmin_S: Floats, sub_scales: Bytes, codes_SN: Floats) -> Bytes:
     """Blocks of Q2_K, Q4_K or Q5_K, [S, bytes]; codes [S, 256]."""
-    halves = [_half_bytes(d_S), _half_bytes(dmin_S)]
+    halves = [half_bytes(d_S), half_bytes(dmin_S)]
     whole = codes_SN.astype(np.uint8)
     if name == "Q2_K":
         return np.concatenate([sub_scales, _pack_crumbs(whole), *halves], axis=1)
-    nibbles = _join((whole & 15).reshape(-1, 2, 32), 4).reshape(-1, 128)
-    fifth_bits = [_join((whole >> 4).reshape(-1, 8, 32), 1)] if name == "Q5_K" else []
+    nibbles = join((whole & 15).reshape(-1, 2, 32), 4).reshape(-1, 128)
+    fifth_bits = [join((whole >> 4).reshape(-1, 8, 32), 1)] if name == "Q5_K" else []
     return np.concatenate([*halves, sub_scales, *fifth_bits, nibbles], axis=1)
 
 
 def pack_q6_k(d_S: Floats, scales_SJ: Floats, codes_SN: Floats) -> Bytes:
     """Blocks of Q6_K, [S, 210]; codes [S, 256] from 0 to 63, scales signed."""
     whole = codes_SN.astype(np.uint8)
-    nibbles = _join((whole & 15).reshape(-1, 2, 64), 4).reshape(-1, 128)
+    nibbles = join((whole & 15).reshape(-1, 2, 64), 4).reshape(-1, 128)
     scales = np.nan_to_num(scales_SJ).astype(np.int8).view(np.uint8)
-    return np.concatenate([nibbles, _pack_crumbs(whole >> 4), scales, _half_bytes(d_S)], axis=1)
+    return np.concatenate([nibbles, _pack_crumbs(whole >> 4), scales, half_bytes(d_S)], axis=1)
 
 
 def pack_q3_k(d_S: Floats, scales_SJ: Floats, codes_SN: Floats) -> Bytes:
@@ -111,41 +87,53 @@ def pack_q3_k(d_S: Floats, scales_SJ: Floats, codes_SN: Floats) -> Bytes:
     whole = codes_SN.astype(np.uint8)
     scales = (scales_SJ + np.float32(32)).astype(np.uint8)
     scale_bytes = np.concatenate(
-        [_join((scales & 15).reshape(-1, 2, 8), 4), _join((scales >> 4).reshape(-1, 4, 4), 2)], axis=1
+        [join((scales & 15).reshape(-1, 2, 8), 4), join((scales >> 4).reshape(-1, 4, 4), 2)], axis=1
     )
-    third_bits = _join((whole >> 2).reshape(-1, 8, 32), 1)
-    return np.concatenate([third_bits, _pack_crumbs(whole & 3), scale_bytes, _half_bytes(d_S)], axis=1)
+    third_bits = join((whole >> 2).reshape(-1, 8, 32), 1)
+    return np.concatenate([third_bits, _pack_crumbs(whole & 3), scale_bytes, half_bytes(d_S)], axis=1)
 
 
 def _pack_crumbs(codes: Integers) -> Bytes:
     """Two-bit codes [S, 256] to [S, 64]: in each half, weights 32 apart share a byte."""
-    return _join(codes.reshape(-1, 4, 32), 2).reshape(-1, 64)
+    return join(codes.reshape(-1, 4, 32), 2).reshape(-1, 64)
 
 
 def _unpack_crumbs(crumbs: Bytes) -> Bytes:
-    return _split(crumbs.reshape(-1, 32), 2, 4).reshape(-1, SUPER_BLOCK)
+    return split(crumbs.reshape(-1, 32), 2, 4).reshape(-1, SUPER_BLOCK)
 
 
 def unpack_blocks(blocks: Bytes, name: str) -> Floats:
     """The weights that `blocks` [B, bytes] stand for, [B, N] f32, as ggml's to_float computes them."""
     if name == "Q8_0":
-        return blocks[:, 2:].view(np.int8).astype(np.float32) * _half_at(blocks, 0)
+        return blocks[:, 2:].view(np.int8).astype(np.float32) * half_at(blocks, 0)
     if name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"):
         return _unpack_legacy(blocks, name)
     if name in ("Q2_K", "Q4_K", "Q5_K"):
         return _unpack_scale_min_k(blocks, name)
     if name == "Q6_K":
-        low = _split(blocks[:, :128].reshape(-1, 64), 4, 2).reshape(-1, SUPER_BLOCK)
+        low = split(blocks[:, :128].reshape(-1, 64), 4, 2).reshape(-1, SUPER_BLOCK)
         codes = (low | (_unpack_crumbs(blocks[:, 128:192]) << 4)).astype(np.float32) - np.float32(32)
         scales = blocks[:, 192:208].view(np.int8).astype(np.float32)
-        return _scaled(_half_at(blocks, 208) * scales, codes)
+        return _scaled(half_at(blocks, 208) * scales, codes)
     if name == "Q3_K":
-        third = _split(blocks[:, :32], 1, 8).reshape(-1, SUPER_BLOCK)
+        third = split(blocks[:, :32], 1, 8).reshape(-1, SUPER_BLOCK)
         codes = (_unpack_crumbs(blocks[:, 32:96]) | (third << 2)).astype(np.float32) - np.float32(4)
-        low = _split(blocks[:, 96:104], 4, 2).reshape(-1, 16)
-        high = _split(blocks[:, 104:108], 2, 4).reshape(-1, 16)
+        low = split(blocks[:, 96:104], 4, 2).reshape(-1, 16)
+        high = split(blocks[:, 104:108], 2, 4).reshape(-1, 16)
         scales = (low | (high << 4)).astype(np.float32) - np.float32(32)
-        return _scaled(_half_at(blocks, 108) * scales, codes)
+        return _scaled(half_at(blocks, 108) * scales, codes)
+    if name.startswith("IQ4"):
+        return unpack_iq4(blocks, name)
+    if name.startswith("IQ2"):
+        return unpack_iq2(blocks, name)
+    if name.startswith("IQ3"):
+        return unpack_iq3(blocks, name)
+    if name.startswith("IQ1"):
+        return unpack_iq1(blocks, name)
+    if name.startswith("TQ"):
+        return unpack_ternary(blocks, name)
+    if name.endswith("FP4"):
+        return unpack_fp4(blocks, name)
     raise ValueError(f"{name} is not a block type")
 
 
@@ -158,23 +146,23 @@ def _scaled(scale_SJ: Floats, codes_SN: Floats) -> Floats:
 def _unpack_legacy(blocks: Bytes, name: str) -> Floats:
     has_minimum = name.endswith("_1")
     at = 4 if has_minimum else 2
-    codes = _split(blocks[:, -16:], 4, 2).reshape(-1, 32)
+    codes = split(blocks[:, -16:], 4, 2).reshape(-1, 32)
     if name.startswith("Q5"):
         codes = codes | (np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << np.uint8(4))
     if has_minimum:
-        return codes.astype(np.float32) * _half_at(blocks, 0) + _half_at(blocks, 2)
-    return (codes.astype(np.float32) - np.float32(8 if name == "Q4_0" else 16)) * _half_at(blocks, 0)
+        return codes.astype(np.float32) * half_at(blocks, 0) + half_at(blocks, 2)
+    return (codes.astype(np.float32) - np.float32(8 if name == "Q4_0" else 16)) * half_at(blocks, 0)
 
 
 def _unpack_scale_min_k(blocks: Bytes, name: str) -> Floats:
     if name == "Q2_K":
-        d, dmin, fields = _half_at(blocks, 80), _half_at(blocks, 82), blocks[:, :16]
+        d, dmin, fields = half_at(blocks, 80), half_at(blocks, 82), blocks[:, :16]
         codes = _unpack_crumbs(blocks[:, 16:80])
     else:
-        d, dmin, fields = _half_at(blocks, 0), _half_at(blocks, 2), blocks[:, 4:16]
-        codes = _split(blocks[:, -128:].reshape(-1, 32), 4, 2).reshape(-1, SUPER_BLOCK)
+        d, dmin, fields = half_at(blocks, 0), half_at(blocks, 2), blocks[:, 4:16]
+        codes = split(blocks[:, -128:].reshape(-1, 32), 4, 2).reshape(-1, SUPER_BLOCK)
         if name == "Q5_K":
-            codes = codes | (_split(blocks[:, 16:48], 1, 8).reshape(-1, SUPER_BLOCK) << np.uint8(4))
+            codes = codes | (split(blocks[:, 16:48], 1, 8).reshape(-1, SUPER_BLOCK) << np.uint8(4))
     scales_SJ, depths_SJ = unpack_sub_scales(name, fields)
     depth_SN = np.repeat(dmin * depths_SJ, SUPER_BLOCK // depths_SJ.shape[1], axis=1)
     return _scaled(d * scales_SJ, codes.astype(np.float32)) - depth_SN

@@ -10,18 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, kernel
-from quantkernels.ggml.cpu_search import (
-    ONE,
-    ZERO,
-    bounded_codes,
-    extreme_of,
-    gather,
-    search_scale_min,
-    search_symmetric,
-    trial_codes,
-)
-from quantkernels.ggml.half import store_half
-from quantkernels.ggml.lanes import (
+from quantkernels.ggml.cpu.half import store_half
+from quantkernels.ggml.cpu.lanes import (
     WIDTH,
     Lanes,
     bits_of,
@@ -34,6 +24,16 @@ from quantkernels.ggml.lanes import (
     store,
     store_bytes,
     whole,
+)
+from quantkernels.ggml.cpu.search import (
+    ONE,
+    ZERO,
+    bounded_codes,
+    extreme_of,
+    gather,
+    search_scale_min,
+    search_symmetric,
+    trial_codes,
 )
 
 Floats = NDArray[np.float32]

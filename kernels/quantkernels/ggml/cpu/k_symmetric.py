@@ -1,6 +1,6 @@
 """Q6_K and Q3_K, whose sub-blocks have a signed scale: sixteen super-blocks at a time, one per lane.
 
-As in `cpu_k_scale_min.py` the search runs in lane order, rounding and packing block by block.
+As in `cpu/k_scale_min.py` the search runs in lane order, rounding and packing block by block.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, kernel
-from quantkernels.ggml.cpu_pack import pack_crumbs, pack_flags, pack_nibbles, place, split_high, weigh
-from quantkernels.ggml.cpu_search import (
+from quantkernels.ggml.cpu.half import store_half
+from quantkernels.ggml.cpu.lanes import WIDTH, Lanes, buffer, load, magnitude, select, spread, store
+from quantkernels.ggml.cpu.pack import pack_crumbs, pack_flags, pack_nibbles, place, split_high, weigh
+from quantkernels.ggml.cpu.search import (
     ONE,
     TINY,
     ZERO,
@@ -22,8 +24,6 @@ from quantkernels.ggml.cpu_search import (
     sum_of,
     wrapped_codes,
 )
-from quantkernels.ggml.half import store_half
-from quantkernels.ggml.lanes import WIDTH, Lanes, buffer, load, magnitude, select, spread, store
 from quantkernels.ggml.layout import SUPER_BLOCK
 
 Floats = NDArray[np.float32]
@@ -163,8 +163,10 @@ def quantize_q3_k(rows: Floats, importance: Floats, columns: int, out: Bytes) ->
             search_group(x, weight, found, 4)
             scale = fit_scales(found, sub_codes)
         else:
-            for j in range(COUNT):
-                store(found, j * WIDTH, search_descent(x, weight, j * COUNT, COUNT, 4))
+            for j in range(0, COUNT, 2):
+                first, second = search_descent(x, weight, j * COUNT, COUNT, 4)
+                store(found, j * WIDTH, first)
+                store(found, (j + 1) * WIDTH, second)
             scale, extreme = scales_by_extreme(found, 32, sub_codes)
             scale = select(extreme == ZERO, ZERO, scale)
             for j in range(COUNT):

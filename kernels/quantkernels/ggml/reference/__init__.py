@@ -1,4 +1,4 @@
-"""The truth for quantizing: what each ggml type does with the searches of `reference_search.py`, in numpy.
+"""The truth for quantizing: what each ggml type does with the searches of `reference/search.py`, in numpy.
 
 Two rules of ggml shape every type: what is stored is what is used (scales go through float16 and their packed fields
 before weights are rounded to them), and where a stored scale is 0 the codes of the search stay. The price of a truth in
@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 
 from quantkernels.ggml import packing
 from quantkernels.ggml.layout import SUPER_BLOCK
-from quantkernels.ggml.reference_search import (
+from quantkernels.ggml.packing.fields import as_half
+from quantkernels.ggml.reference.fp4 import quantize_fp4
+from quantkernels.ggml.reference.iq1 import quantize_iq1
+from quantkernels.ggml.reference.iq2 import quantize_iq2
+from quantkernels.ggml.reference.iq3 import quantize_iq3
+from quantkernels.ggml.reference.iq4 import quantize_iq4
+from quantkernels.ggml.reference.search import (
     TINY,
     Floats,
     Steps,
@@ -30,6 +36,7 @@ from quantkernels.ggml.reference_search import (
     search_scale_min,
     search_symmetric,
 )
+from quantkernels.ggml.reference.ternary import quantize_ternary
 
 Bytes = NDArray[np.uint8]
 
@@ -53,6 +60,18 @@ def quantize_blocks(rows: Floats, name: str, importance: Floats | None) -> Bytes
             blocks = _quantize_q6_k(rows, importance)
         elif name == "Q3_K":
             blocks = _quantize_q3_k(rows, importance)
+        elif name.startswith("IQ4"):
+            blocks = quantize_iq4(rows, name, importance)
+        elif name.startswith("IQ2"):
+            blocks = quantize_iq2(rows, name, importance)
+        elif name.startswith("IQ3"):
+            blocks = quantize_iq3(rows, name, importance)
+        elif name.startswith("IQ1"):
+            blocks = quantize_iq1(rows, name, importance)
+        elif name.startswith("TQ"):
+            blocks = quantize_ternary(rows, name)
+        elif name.endswith("FP4"):
+            blocks = quantize_fp4(rows, name)
         else:
             blocks = _quantize_legacy(rows, name, importance)
     return blocks.reshape(rows.shape[0], -1)
@@ -134,8 +153,8 @@ def _quantize_scale_min_k(rows: Floats, name: str, importance: Floats | None) ->
             scales_SJ, depths_SJ = (np.minimum(codes, np.float32(63)) for codes in (scales_SJ, depths_SJ))
     fields = packing.pack_sub_scales(name, scales_SJ, depths_SJ)
     scales_SJ, depths_SJ = packing.unpack_sub_scales(name, fields)
-    scale_B = (packing.as_half(d_S)[:, None] * scales_SJ).reshape(-1, 1)
-    depth_B = (packing.as_half(dmin_S)[:, None] * depths_SJ).reshape(-1, 1)
+    scale_B = (as_half(d_S)[:, None] * scales_SJ).reshape(-1, 1)
+    depth_B = (as_half(dmin_S)[:, None] * depths_SJ).reshape(-1, 1)
     rounded_BN = np.clip(nearest((x_BN + depth_B) / scale_B), np.float32(0), np.float32(limit))
     codes_BN = np.where(scale_B != 0, rounded_BN, found.codes_BN)  # ggml keeps the search's codes where the scale is 0
     return packing.pack_scale_min_k(name, d_S, dmin_S, fields, codes_BN.reshape(-1, SUPER_BLOCK))
@@ -160,7 +179,7 @@ def _quantize_q6_k(rows: Floats, importance: Floats | None) -> Bytes:
     inverse_S = np.float32(-128) / extreme_S
     d_S = np.float32(1) / inverse_S
     scales_SJ = np.minimum(nearest(inverse_S[:, None] * scale_SJ), np.float32(127))
-    codes_SN = _round_to_scales(x_BN, packing.as_half(d_S)[:, None] * scales_SJ, 32, found.codes_BN)
+    codes_SN = _round_to_scales(x_BN, as_half(d_S)[:, None] * scales_SJ, 32, found.codes_BN)
     blocks = packing.pack_q6_k(d_S, scales_SJ, codes_SN)
     blocks[np.abs(extreme_S) < TINY] = 0
     return blocks
@@ -184,7 +203,7 @@ def _quantize_q3_k(rows: Floats, importance: Floats | None) -> Bytes:
         outer = search_symmetric(scale_SJ, running_sum(weight_SN.reshape(-1, 16)).reshape(-1, 16), 32)
         d_S = outer.scale_B
         scales_SJ = outer.codes_BN - np.float32(32)
-    codes_SN = _round_to_scales(x_BN, packing.as_half(d_S)[:, None] * scales_SJ, 4, found.codes_BN)
+    codes_SN = _round_to_scales(x_BN, as_half(d_S)[:, None] * scales_SJ, 4, found.codes_BN)
     return packing.pack_q3_k(d_S, scales_SJ, codes_SN)
 
 

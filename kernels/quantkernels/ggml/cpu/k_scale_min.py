@@ -10,19 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, kernel
-from quantkernels.ggml.cpu_pack import pack_crumbs, pack_flags, pack_nibbles, place, split_high, weigh
-from quantkernels.ggml.cpu_search import (
-    ZERO,
-    gather,
-    search_nonnegative,
-    search_scale_min,
-    sum_of,
-    sum_of_squares,
-    trial_codes,
-    wrapped_codes,
-)
-from quantkernels.ggml.half import store_half
-from quantkernels.ggml.lanes import (
+from quantkernels.ggml.cpu.half import store_half
+from quantkernels.ggml.cpu.lanes import (
     WIDTH,
     Lanes,
     buffer,
@@ -34,6 +23,17 @@ from quantkernels.ggml.lanes import (
     select,
     spread,
     store,
+)
+from quantkernels.ggml.cpu.pack import pack_crumbs, pack_flags, pack_nibbles, place, split_high, weigh
+from quantkernels.ggml.cpu.search import (
+    ZERO,
+    gather,
+    search_nonnegative,
+    search_scale_min,
+    sum_of,
+    sum_of_squares,
+    trial_codes,
+    wrapped_codes,
 )
 from quantkernels.ggml.layout import SUPER_BLOCK
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled
-from quantkernels.ggml.cpu_search import ONE, sum_of_squares
-from quantkernels.ggml.lanes import WIDTH, load, root, store, store_bytes, whole
+from quantkernels.ggml.cpu.lanes import WIDTH, load, root, store, store_bytes, whole
+from quantkernels.ggml.cpu.search import ONE, sum_of_squares
 from quantkernels.ggml.layout import SUPER_BLOCK
 
 Floats = NDArray[np.float32]

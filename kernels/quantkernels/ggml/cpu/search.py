@@ -11,10 +11,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkernels.compiling import compiled
-from quantkernels.ggml.lanes import (
+from quantkernels.compiling import compiled, inlined
+from quantkernels.ggml.cpu.lanes import (
     WIDTH,
     Lanes,
+    Mask,
     bits_of,
     load,
     low_byte,
@@ -302,43 +303,73 @@ def descend_nonnegative(
     return select(nothing, ZERO, select(sum_l2 > ZERO, sum_xl / sum_l2, ZERO))
 
 
-@compiled
-def search_descent(x: Floats, codes: Floats, at: int, count: int, limit: int) -> Lanes:
-    """Q3_K without importance: the scale after coordinate descent; codes plus limit are written to `codes` at `at`."""
-    low = np.float32(-limit)
-    high = np.float32(limit - 1)
+@inlined
+def start_descent(x: Floats, codes: Floats, at: int, count: int, limit: int) -> tuple[Lanes, Lanes, Lanes]:
+    """Codes by the extreme value, written to `codes` at `at`; gives the sums (xl, l2) and the extreme."""
     extreme = extreme_of(x, at, count)
-    inverse = low / extreme
+    inverse = np.float32(-limit) / extreme
     sum_xl = spread(ZERO)
     sum_l2 = spread(ZERO)
     for i in range(at, at + count):
         value = load(x, i * WIDTH)
-        code = bounded_codes(inverse * value, low, high)
+        code = bounded_codes(inverse * value, np.float32(-limit), np.float32(limit - 1))
         store(codes, i * WIDTH, code)
         sum_xl += value * value * value * code
         sum_l2 += value * value * code * code
-    going = extreme == extreme
-    for _ in range(5):
-        changed = magnitude(extreme) < ZERO
-        for i in range(at, at + count):
-            value = load(x, i * WIDTH)
-            factor = value * value
-            old = load(codes, i * WIDTH)
-            rest_xl = sum_xl - factor * value * old
-            rest_l2 = sum_l2 - factor * old * old
-            new = wrapped_codes(value * rest_l2 / rest_xl, low, high)
-            new_xl = rest_xl + factor * value * new
-            new_l2 = rest_l2 + factor * new * new
-            move = going & (rest_xl > ZERO) & (new_l2 > ZERO) & ~(new == old)
-            move = move & (new_xl * new_xl * sum_l2 > sum_xl * sum_xl * new_l2)
-            store(codes, i * WIDTH, select(move, new, old))
-            sum_xl = select(move, new_xl, sum_xl)
-            sum_l2 = select(move, new_l2, sum_l2)
-            changed = changed | move
-        going = going & changed
-        if bits_of(going) == 0:
-            break
+    return sum_xl, sum_l2, extreme
+
+
+@inlined
+def descend(
+    x: Floats, codes: Floats, i: int, sum_xl: Lanes, sum_l2: Lanes, going: Mask, limit: int
+) -> tuple[Lanes, Lanes, Mask]:
+    """Move code `i` where the fit grows; gives the sums (xl, l2) after it, and where it moved."""
+    value = load(x, i * WIDTH)
+    factor = value * value
+    old = load(codes, i * WIDTH)
+    rest_xl = sum_xl - factor * value * old
+    rest_l2 = sum_l2 - factor * old * old
+    new = wrapped_codes(value * rest_l2 / rest_xl, np.float32(-limit), np.float32(limit - 1))
+    new_xl = rest_xl + factor * value * new
+    new_l2 = rest_l2 + factor * new * new
+    move = going & (rest_xl > ZERO) & (new_l2 > ZERO) & ~(new == old)
+    move = move & (new_xl * new_xl * sum_l2 > sum_xl * sum_xl * new_l2)
+    store(codes, i * WIDTH, select(move, new, old))
+    return select(move, new_xl, sum_xl), select(move, new_l2, sum_l2), move
+
+
+@inlined
+def end_descent(codes: Floats, at: int, count: int, limit: int, sum_xl: Lanes, sum_l2: Lanes, extreme: Lanes) -> Lanes:
+    """The scale; the codes get `limit` added, and are 0 where the block is stored as zeros."""
     zeros = magnitude(extreme) < TINY
     for i in range(at, at + count):
         store(codes, i * WIDTH, select(zeros, ZERO, load(codes, i * WIDTH) + np.float32(limit)))
     return select(zeros, ZERO, select(sum_l2 > ZERO, sum_xl / sum_l2, ZERO))
+
+
+@compiled
+def search_descent(x: Floats, codes: Floats, at: int, count: int, limit: int) -> tuple[Lanes, Lanes]:
+    """Q3_K without importance: the scales of two neighbouring sub-blocks after coordinate descent.
+
+    Codes plus limit are written to `codes` at `at`. Each step waits for the one before it, a division included, so two
+    sub-blocks at once take little more time than one.
+    """
+    other = at + count
+    sum_xl, sum_l2, extreme = start_descent(x, codes, at, count, limit)
+    other_xl, other_l2, other_extreme = start_descent(x, codes, other, count, limit)
+    going = extreme == extreme
+    other_going = going
+    for _ in range(5):
+        changed = magnitude(extreme) < ZERO
+        other_changed = changed
+        for i in range(count):
+            sum_xl, sum_l2, move = descend(x, codes, at + i, sum_xl, sum_l2, going, limit)
+            changed = changed | move
+            other_xl, other_l2, move = descend(x, codes, other + i, other_xl, other_l2, other_going, limit)
+            other_changed = other_changed | move
+        going = going & changed
+        other_going = other_going & other_changed
+        if bits_of(going | other_going) == 0:
+            break
+    scale = end_descent(codes, at, count, limit, sum_xl, sum_l2, extreme)
+    return scale, end_descent(codes, other, count, limit, other_xl, other_l2, other_extreme)

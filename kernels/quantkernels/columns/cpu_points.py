@@ -1,0 +1,259 @@
+"""The loops of cpu.py for codes of eight columns, which name the nearest points of a lattice: see cpu_nearest.
+
+# O out, I in, G groups, B blocks of eight columns, C and R columns and rows of a tile, P points, J and K columns of one
+# code.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quantkernels.columns.cpu_nearest import LANES, ZERO, choose, cost_of
+from quantkernels.columns.frame import EIGHT
+from quantkernels.columns.points import Grid, blocks_of, metric_of, metric_of_hessian
+from quantkernels.columns.reference import WORTH, Floats
+from quantkernels.compiling import kernel
+from quantkernels.rows import over_rows
+
+INFINITE = np.float32(np.inf)
+
+
+def solve(
+    left_OI: Floats,
+    factor_II: Floats,
+    grid: Grid,
+    codes_OB: NDArray[np.int32],
+    error_O: NDArray[np.float64],
+    *,
+    block: int,
+    threads: int,
+) -> None:
+    """Fills codes_OB and error_O; left_OI, the weights still to be rounded, is corrected in place."""
+    rows, columns = left_OI.shape
+    left, factor = torch.from_numpy(left_OI), torch.from_numpy(factor_II)
+    metric = metric_of(blocks_of(factor_II))
+    for first in range(0, columns, block):
+        inside = slice(first, min(first + block, columns))
+        factor_CC = np.ascontiguousarray(factor_II[inside, inside])
+        push_OC = np.empty((rows, inside.stop - first), np.float32)
+
+        def piece(top: int, bottom: int) -> None:
+            some = slice(top, bottom)
+            solve_block(
+                first,  # noqa: B023 - called before the loop goes on
+                left_OI[some],
+                factor_CC,  # noqa: B023
+                metric.metric_BJK,
+                metric.ratio_BJK,
+                metric.weight_BJ,
+                grid.scale_OG[some],
+                grid.zero_OG[some],
+                grid.group_I,
+                grid.points.points_PD,
+                grid.points.shared_P,
+                grid.points.index_P,
+                grid.points.signs,
+                codes_OB[some],
+                push_OC[some],  # noqa: B023
+                error_O[some],
+            )
+
+        over_rows(rows, threads, piece)
+        left[:, inside.stop :].addmm_(torch.from_numpy(push_OC), factor[inside, inside.stop :], alpha=-1)
+
+
+def refine(
+    off_OI: Floats,
+    value_OI: Floats,
+    hessian_II: Floats,
+    grid: Grid,
+    codes_OB: NDArray[np.int32],
+    *,
+    block: int,
+    threads: int,
+) -> None:
+    """One sweep of descent, eight columns at a time: value_OI, off_OI = value_OI - weight, and codes_OB, all in place.
+
+    The slopes of a block are the product of what is off everywhere with its columns of the Hessian. Keeping those of
+    all columns up to date instead takes as many products, one more to begin with, and gathers rounding errors.
+    """
+    rows, columns = value_OI.shape
+    off, hessian = torch.from_numpy(off_OI), torch.from_numpy(hessian_II)
+    inverse_BJK, metric = metric_of_hessian(blocks_of(hessian_II))
+    for first in range(0, columns, block):
+        inside = slice(first, min(first + block, columns))
+        hessian_CC = np.ascontiguousarray(hessian_II[inside, inside])
+        slope_OC = (off @ hessian[:, inside]).contiguous().numpy()
+
+        def piece(top: int, bottom: int) -> None:
+            some = slice(top, bottom)
+            refine_block(
+                first,  # noqa: B023 - called before the loop goes on
+                value_OI[some],
+                hessian_CC,  # noqa: B023
+                inverse_BJK,
+                metric.metric_BJK,
+                metric.ratio_BJK,
+                metric.weight_BJ,
+                grid.scale_OG[some],
+                grid.zero_OG[some],
+                grid.group_I,
+                grid.points.points_PD,
+                grid.points.shared_P,
+                grid.points.index_P,
+                grid.points.signs,
+                codes_OB[some],
+                slope_OC[some],  # noqa: B023
+                off_OI[some],
+            )
+
+        over_rows(rows, threads, piece)
+
+
+@kernel
+def solve_block(
+    first: int,
+    left_OI: Floats,
+    factor_CC: Floats,
+    metric_BJK: Floats,
+    ratio_BJK: Floats,
+    weight_BJ: Floats,
+    scale_OG: Floats,
+    zero_OG: Floats,
+    group_I: NDArray[np.int64],
+    points_PD: Floats,
+    shared_P: NDArray[np.int64],
+    index_P: NDArray[np.int64],
+    signs: int,
+    codes_OB: NDArray[np.int32],
+    push_OC: Floats,
+    error_O: NDArray[np.float64],
+) -> None:
+    """Rounds the columns from `first` on, as many as factor_CC has: fills their codes and push_OC, adds to error_O."""
+    rows, columns = push_OC.shape
+    tile_CR = np.zeros((columns, LANES), np.float32)
+    wanted_JR, chosen_JR = np.zeros((EIGHT, LANES), np.float32), np.zeros((EIGHT, LANES), np.float32)
+    state_JKR, cost_JR = np.zeros((EIGHT, EIGHT, LANES), np.float32), np.zeros((EIGHT + 1, LANES), np.float32)
+    flip_JR, parity_JR = np.zeros((EIGHT + 1, LANES), np.float32), np.zeros((EIGHT + 1, LANES), np.float32)
+    error_R, best_R, push_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    scale_R, zero_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    code_R, choice_R = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
+    left_RJ, point_RJ = np.zeros((LANES, EIGHT), np.float32), np.zeros((LANES, EIGHT), np.float32)
+    error_J, wanted_J = np.zeros(EIGHT, np.float32), np.zeros(EIGHT, np.float32)
+    for top in range(0, rows, LANES):
+        used = min(LANES, rows - top)
+        for r in range(used):
+            for i in range(columns):
+                tile_CR[i, r] = left_OI[top + r, first + i]
+        for start in range(0, columns, EIGHT):
+            b, group = (first + start) // EIGHT, group_I[first + start]
+            for r in range(used):
+                scale_R[r] = scale_OG[top + r, group]
+                zero_R[r] = zero_OG[top + r, group]
+            for j in range(EIGHT):
+                for r in range(LANES):
+                    divisor = scale_R[r] if scale_R[r] != ZERO else INFINITE
+                    wanted_JR[j, r] = tile_CR[start + j, r] / divisor + zero_R[r]
+            choose(
+                wanted_JR, chosen_JR, code_R, state_JKR, cost_JR, flip_JR, parity_JR, error_R, best_R, choice_R,
+                left_RJ, point_RJ, error_J, wanted_J,
+                metric_BJK[b], ratio_BJK[b], weight_BJ[b], points_PD, shared_P, index_P, signs,
+            )  # fmt: skip
+            for r in range(used):
+                codes_OB[top + r, b] = code_R[r]
+            for j in range(EIGHT):
+                i = start + j
+                diagonal = factor_CC[i, i]
+                for r in range(LANES):
+                    push_R[r] = (tile_CR[i, r] - (chosen_JR[j, r] - zero_R[r]) * scale_R[r]) / diagonal
+                for k in range(i + 1, columns):
+                    share = factor_CC[i, k]
+                    for r in range(LANES):
+                        tile_CR[k, r] -= push_R[r] * share
+                for r in range(used):
+                    push_OC[top + r, i] = push_R[r]
+                    error_O[top + r] += np.float64(push_R[r]) * np.float64(push_R[r])
+
+
+@kernel
+def refine_block(
+    first: int,
+    value_OI: Floats,
+    hessian_CC: Floats,
+    inverse_BJK: Floats,
+    metric_BJK: Floats,
+    ratio_BJK: Floats,
+    weight_BJ: Floats,
+    scale_OG: Floats,
+    zero_OG: Floats,
+    group_I: NDArray[np.int64],
+    points_PD: Floats,
+    shared_P: NDArray[np.int64],
+    index_P: NDArray[np.int64],
+    signs: int,
+    codes_OB: NDArray[np.int32],
+    slope_OC: Floats,
+    off_OI: Floats,
+) -> None:
+    """Moves each code from `first` on to where the error is least, if that is less; see cpu.refine_block."""
+    rows, columns = slope_OC.shape
+    slope_CR = np.zeros((columns, LANES), np.float32)
+    wanted_JR, chosen_JR = np.zeros((EIGHT, LANES), np.float32), np.zeros((EIGHT, LANES), np.float32)
+    best_JR, change_JR = np.zeros((EIGHT, LANES), np.float32), np.zeros((EIGHT, LANES), np.float32)
+    state_JKR, cost_JR = np.zeros((EIGHT, EIGHT, LANES), np.float32), np.zeros((EIGHT + 1, LANES), np.float32)
+    flip_JR, parity_JR = np.zeros((EIGHT + 1, LANES), np.float32), np.zeros((EIGHT + 1, LANES), np.float32)
+    error_R, best_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    scale_R, zero_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    code_R, choice_R = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
+    left_RJ, point_RJ = np.zeros((LANES, EIGHT), np.float32), np.zeros((LANES, EIGHT), np.float32)
+    error_J, wanted_J, old_J = np.zeros(EIGHT, np.float32), np.zeros(EIGHT, np.float32), np.zeros(EIGHT, np.float32)
+    for top in range(0, rows, LANES):
+        used = min(LANES, rows - top)
+        for r in range(used):
+            for i in range(columns):
+                slope_CR[i, r] = slope_OC[top + r, i]
+        for start in range(0, columns, EIGHT):
+            b, group = (first + start) // EIGHT, group_I[first + start]
+            for r in range(used):
+                scale_R[r] = scale_OG[top + r, group]
+                zero_R[r] = zero_OG[top + r, group]
+            for j in range(EIGHT):
+                for r in range(used):
+                    best_JR[j, r] = value_OI[top + r, first + start + j]
+                for k in range(EIGHT):
+                    share = inverse_BJK[b, k, j]
+                    for r in range(LANES):
+                        best_JR[j, r] -= slope_CR[start + k, r] * share
+                for r in range(LANES):
+                    divisor = scale_R[r] if scale_R[r] != ZERO else INFINITE
+                    wanted_JR[j, r] = best_JR[j, r] / divisor + zero_R[r]
+            choose(
+                wanted_JR, chosen_JR, code_R, state_JKR, cost_JR, flip_JR, parity_JR, error_R, best_R, choice_R,
+                left_RJ, point_RJ, error_J, wanted_J,
+                metric_BJK[b], ratio_BJK[b], weight_BJ[b], points_PD, shared_P, index_P, signs,
+            )  # fmt: skip
+            moved = 0
+            for r in range(used):
+                for j in range(EIGHT):
+                    old_J[j] = value_OI[top + r, first + start + j] - best_JR[j, r]
+                    chosen_JR[j, r] = (chosen_JR[j, r] - zero_R[r]) * scale_R[r]
+                    error_J[j] = chosen_JR[j, r] - best_JR[j, r]
+                better = cost_of(error_J, metric_BJK[b]) < cost_of(old_J, metric_BJK[b]) * WORTH
+                moved += better
+                for j in range(EIGHT):
+                    i = first + start + j
+                    change_JR[j, r] = chosen_JR[j, r] - value_OI[top + r, i] if better else ZERO
+                    off_OI[top + r, i] += change_JR[j, r]
+                    if better:
+                        value_OI[top + r, i] = chosen_JR[j, r]
+                if better:
+                    codes_OB[top + r, b] = code_R[r]
+            if moved == 0:
+                continue
+            for j in range(EIGHT):
+                for k in range(columns):
+                    share = hessian_CC[start + j, k]
+                    for r in range(LANES):
+                        slope_CR[k, r] += change_JR[j, r] * share
