@@ -11,7 +11,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib import resources
 from typing import Any
 
@@ -21,6 +22,10 @@ from converter.errors import SourceError, UnsupportedError
 
 # Buffers that older checkpoints carry along; whoever runs the model computes them from config.json.
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attention\.(masked_)?bias|position_ids)$")
+
+
+COUNTS = ("num_local_experts", "num_experts")  # where config.json counts the experts of a block
+MOST_EXPERTS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +46,30 @@ class Folding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The experts of a block: their `count`, the module that holds them, and the names of an expert's linears.
+
+    module is a checkpoint name relative to the block ("mlp.experts"), linears are those that gate, widen and narrow
+    ("gate_proj", "up_proj", "down_proj"): expert 3 gates with mlp.experts.3.gate_proj.
+    """
+
+    count: int
+    module: str
+    linears: tuple[str, str, str]
+
+    def expert_of(self, module: str) -> tuple[int, str] | None:
+        """The number of the expert and the name of its linear, for a module relative to the block; else None."""
+        match = re.fullmatch(re.escape(self.module) + r"\.(\d+)\.(\w+)", module)
+        return (int(match[1]), match[2]) if match and match[2] in self.linears else None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """A family of decoders. Names are checkpoint names without ".weight"; `block` ends with a dot and holds `{b}`.
 
-    gguf is the family's GGUF section as written in its YAML (see converter/containers/gguf); None when there is none.
+    experts is None in dense families. renamed: what names relative to the block begin with in transformers, where the
+    checkpoint has something else. gguf is the family's GGUF section as written in its YAML (see
+    converter/containers/gguf); None when there is none.
     """
 
     name: str
@@ -56,6 +81,8 @@ class Architecture:
     final_norm: str
     head: str
     gguf: Mapping[str, Any] | None
+    experts: Experts | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def block_of(self, tensor: str) -> int | None:
         """The number of the block that `tensor` (a checkpoint name) belongs to; None for tensors outside the blocks."""
@@ -71,12 +98,41 @@ class Architecture:
         b = self.block_of(tensor)
         if b is None or not tensor.endswith(".weight"):
             return None
-        module = tensor.removeprefix(self.prefix(b)).removesuffix(".weight")
-        return next((tap for tap in self.taps if module in tap.linears), None)
+        return self._tap_by_linear.get(tensor.removeprefix(self.prefix(b)).removesuffix(".weight"))
+
+    @cached_property
+    def _tap_by_linear(self) -> Mapping[str, Tap]:
+        return {linear: tap for tap in self.taps for linear in tap.linears}
 
     def is_linear(self, tensor: str) -> bool:
         """Whether `tensor` is the weight of a linear inside a block: what quantization is about."""
         return self.tap_of(tensor) is not None
+
+    def inner(self, name: str) -> str:
+        """A name relative to the block as transformers has it."""
+        start = next((start for start in self.renamed if name.startswith(start)), "")
+        return self.renamed[start] + name.removeprefix(start) if start else name
+
+    def with_experts(self, config: Mapping[str, Any], where: str) -> Architecture:
+        """This family with as many experts as config.json counts, and their taps: "expert_input.3" for expert 3.
+
+        Raises SourceError when config.json does not count them.
+        """
+        if self.experts is None:
+            return self
+        given = [text_config(config).get(key) for key in COUNTS]
+        count = next((value for value in given if value is not None), None)
+        if type(count) is not int or not 1 <= count <= MOST_EXPERTS:
+            what = f"config.json gives {count!r} for {' or '.join(COUNTS)}, not a number of experts"
+            raise SourceError(where, what, "Complete config.json from the model's original")
+        experts = replace(self.experts, count=count)
+        gate, up, down = experts.linears
+        taps = list(self.taps)
+        for e in range(count):
+            own = f"{experts.module}.{e}"
+            taps.append(Tap(name=f"expert_input.{e}", linears=(f"{own}.{gate}", f"{own}.{up}")))
+            taps.append(Tap(name=f"expert_middle.{e}", linears=(f"{own}.{down}",)))
+        return replace(self, experts=experts, taps=tuple(taps))
 
 
 def block_count(config: Mapping[str, Any]) -> int:
@@ -115,7 +171,8 @@ def known() -> dict[str, Architecture]:
 
 
 def parse(name: str, data: Mapping[str, Any]) -> Architecture:
-    """The architecture that one YAML describes; every key but `foldings`, `head` and `gguf` is required."""
+    """The architecture that one YAML describes; foldings, head, experts, renamed and gguf may be left out."""
+    experts = data.get("experts")
     return Architecture(
         name=name,
         classes=tuple(data["classes"]),
@@ -126,6 +183,8 @@ def parse(name: str, data: Mapping[str, Any]) -> Architecture:
         final_norm=data["final_norm"],
         head=data.get("head", "lm_head"),
         gguf=data.get("gguf"),
+        experts=Experts(count=0, module=experts["module"], linears=tuple(experts["linears"])) if experts else None,
+        renamed=data.get("renamed", {}),
     )
 
 
@@ -142,7 +201,7 @@ def find(config: Mapping[str, Any], where: str) -> Architecture:
         raise SourceError(where, what, "Mend config.json, or fetch it again")
     for name in classes:
         if name in table:
-            return table[name]
+            return table[name].with_experts(config, where)
     if not config:
         what = "there is no config.json, so its architecture is not known"
         remedy = (

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from converter.architecture import Architecture
 from converter.errors import SourceError, UnsupportedError
+from converter.experts import SeparateExperts
 from converter.workers import Workers
 
 # Number of the sequence and, by tap name, the hidden state [T, I] that the tap's linears read.
@@ -66,12 +67,14 @@ class Decoder:
         self.dtype = dtype
         self.device = torch.device(device)
         self.workers = Workers(workers)
-        self._taps = architecture.taps
+        self._architecture = architecture
         self._model = _skeleton(folder, dtype, self.device, where)
         self._thread = threading.local()  # .visit and .seen: what the call running in this thread is after
         # No way leads from the model back to this Decoder: in a circle it would outlive its task, with its threads and
         # what they hold, until Python looks for circles. That is some ten tasks later and was measured as 300 MB.
         self._layers = _stand_in(self._model, architecture, partial(_visit_block, self._thread), where)
+        for layer in self._layers if architecture.experts else ():
+            _separate_experts(layer, architecture, dtype, where)
         self._arguments: tuple[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] | None = None
         self.blocks = len(self._layers)
         self._embedding = f"{architecture.embedding}.weight"
@@ -100,7 +103,7 @@ class Decoder:
         for name, shape in shapes.items():
             b = architecture.block_of(name)
             if b is not None:
-                blocks[b][name.removeprefix(architecture.prefix(b))] = shape
+                blocks[b][architecture.inner(name.removeprefix(architecture.prefix(b)))] = shape
         for b, (layer, given) in enumerate(zip(self._layers, blocks, strict=True)):
             _check_names(layer, given, f"{self.where} block {b}")
 
@@ -150,6 +153,7 @@ class Decoder:
         Raises SourceError when names or shapes are not those of the block.
         """
         layer = self._layers[b]
+        tensors = {self._architecture.inner(name): tensor for name, tensor in tensors.items()}
         _check_names(layer, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, f"{self.where} block {b}")
         args, kwargs = self._arguments_for(hidden.shape[1], hidden.shape[2])[b]
 
@@ -245,12 +249,12 @@ class Decoder:
 
         hooks: list[tuple[str, Callable[..., Any]]] = []
         if observed:
-            hooks += [(tap.linears[0], partial(see, tap.name)) for tap in self._taps]
+            hooks += [(tap.linears[0], partial(see, tap.name)) for tap in self._architecture.taps]
         hooks += [(linear, partial(quantize, bits)) for linear, bits in activation_bits.items()]
         handles = []
         try:
             for linear, hook in hooks:
-                module = _submodule(self._layers[b], linear, f"{self.where} block {b}")
+                module = _submodule(self._layers[b], self._architecture.inner(linear), f"{self.where} block {b}")
                 handles.append(module.register_forward_pre_hook(hook))
             yield
         finally:
@@ -374,6 +378,15 @@ def _stand_in(model: Any, architecture: Architecture, visit: Visit, where: str) 
         layers[b] = copy.copy(block)
         layers[b].forward = partial(_call, visit, b)
     return blocks
+
+
+def _separate_experts(layer: nn.Module, architecture: Architecture, dtype: torch.dtype, where: str) -> None:
+    """Give each expert of the block linears of its own, where transformers fuses them."""
+    assert architecture.experts is not None
+    parent, _, name = architecture.inner(architecture.experts.module).rpartition(".")
+    holder = _submodule(layer, parent, where)
+    fused = _submodule(holder, name, where)
+    holder.register_module(name, SeparateExperts(fused, architecture.experts, dtype))
 
 
 def _call(visit: Visit, b: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -199,6 +199,24 @@ def verify(
     raise typer.Exit(int(bool(problems)))
 
 
+@app.command()
+def merge(
+    first: Annotated[Path, typer.Argument(help="The first file, NAME-00001-of-00003.gguf.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The one file to write; it must not exist.", show_default=False)],
+) -> None:
+    """Make one GGUF file of a model that lies in several."""
+    from converter.containers.gguf.merge import merge as merge_files
+
+    with _shown(plain=False) as display:
+
+        def report(fraction: float) -> None:
+            event = progress.Event(task="merge", subject=out.name, state="running", fraction=fraction)
+            display.show(event)
+
+        size_bytes = merge_files(first, out, report)
+    print_line(f"{out}: {bytes_text(size_bytes)}, every block read again")
+
+
 def _run(
     path: Path,
     out: Path,

@@ -1,11 +1,10 @@
-"""Models from a Hugging Face hub and artifacts to it, over HTTP; every use of huggingface_hub is here.
+"""Models from a Hugging Face hub, over HTTP; with hub_publish.py the door of huggingface_hub.
 
 Planning must not download weights, so `resolve` pins a revision to a commit, takes the small files, and reads only the
 headers of the weights by HTTP range. `fetch` streams the weights with a ranged resume of its own: huggingface_hub 2
 resumes a cut connection inside one process, but a killed process starts its file again, which for a 40 GB shard is an
 hour. The price is plain HTTP, without the chunk cache of xet. Every file is checked against the hub's own checksum.
 
-`publish` makes one commit on the head that was looked at. `upload_folder`, the obvious call, makes several with xet.
 Messages never hold the text of a client's error: it may quote a signed URL or a header with the token.
 """
 
@@ -15,7 +14,6 @@ import json
 import os
 import re
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -25,7 +23,7 @@ from threading import Event
 from typing import TypeVar
 
 import huggingface_hub.constants
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_url
+from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -40,20 +38,20 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import (
     WeakFileLock,
     build_hf_headers,
-    disable_progress_bars,
     get_session,
     hf_raise_for_status,
     httpx,
 )
 
+from converter.containers.gguf import source as gguf_source
+from converter.containers.gguf.header import Head, HeadIncompleteError
 from converter.errors import PublishError, SourceError
 from converter.folder import check_path, matches
-from converter.publish import FolderHub, Hub, Kind, Published, changed_since
-from converter.source import Header, Snapshot, header_length, open_folder, parse_header, survey, travels
-
-__all__ = ["FolderHub", "Hub", "HuggingFaceHub", "Kind", "Published", "fetch", "resolve"]
+from converter.publish import Kind
+from converter.source import Header, Snapshot, header_length, is_gguf, open_folder, parse_header, survey, travels
 
 FIRST_READ_BYTES = 100_000  # holds the whole header of nearly every shard, which saves a second request
+GGUF_FIRST_READ_BYTES = 1 << 20  # a vocabulary of 128k tokens with its merges takes about 6 MB
 CHUNK_BYTES = 1 << 20
 WAITS = (1.0, 2.0, 4.0)  # seconds before each further try, unless the hub names its own
 LONGEST_WAIT = 300.0  # the window of the public hub's rate limits
@@ -127,7 +125,15 @@ def resolve(source: str, cache: Path, where: str, *, endpoint: str | None = None
         def read_headers(names: list[str]) -> list[tuple[Header, ...]]:
             return together(lambda name: read_header(remote, name, where), names, Event())
 
-        config, tensors, scales = survey(remote.sizes, lambda path: (folder / path).read_bytes(), read_headers, where)
+        gguf: tuple[str, ...] = ()
+        scales: Mapping[str, Header] = {}
+        if is_gguf(remote.sizes):
+            model = gguf_source.survey(remote.sizes, lambda name: bring_head(remote, name, folder), where)
+            gguf, config, tensors = model.files, gguf_source.config_of(model), gguf_source.headers_of(model)
+        else:
+            config, tensors, scales = survey(
+                remote.sizes, lambda path: (folder / path).read_bytes(), read_headers, where
+            )
     return Snapshot(
         source=f"hub:{repo}",
         repo=repo,
@@ -138,6 +144,7 @@ def resolve(source: str, cache: Path, where: str, *, endpoint: str | None = None
         files=remote.sizes,
         checksums=remote.checksums,
         folder=folder,
+        gguf=gguf,
     )
 
 
@@ -220,8 +227,36 @@ def look_once(repo: str, kind: Kind, revision: str, cache: Path, endpoint: str |
 def read_header(remote: Remote, name: str, where: str) -> tuple[Header, ...]:
     """The tensors of one safetensors file on a hub, from its first bytes only."""
     size = remote.sizes[name]
+    first = read_part(remote, name, 0, min(size, FIRST_READ_BYTES))
+    end = 8 + header_length(first[:8], size, name, where)
+    if end > len(first):
+        first += read_part(remote, name, len(first), end)
+    return parse_header(first[8:end], size, name, where)
 
-    def read(start: int, end: int) -> bytes:
+
+def bring_head(remote: Remote, name: str, folder: Path) -> Head:
+    """The head of one GGUF file on a hub, kept beside the small files; how long it is, only reading it tells."""
+    size, path = remote.sizes[name], gguf_source.head_file(folder, name)
+    data = path.read_bytes() if path.is_file() else read_part(remote, name, 0, min(size, GGUF_FIRST_READ_BYTES))
+    while True:
+        try:
+            head = gguf_source.parse_head(data, size, name)
+        except HeadIncompleteError:
+            data += read_part(remote, name, len(data), min(size, 2 * len(data)))
+        else:
+            break
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+        part.write_bytes(data[: head.data_start])
+        part.replace(path)
+    return head
+
+
+def read_part(remote: Remote, name: str, start: int, end: int) -> bytes:
+    """The bytes [start, end) of a file on a hub; tries again when the line is cut or the hub is busy."""
+
+    def read() -> bytes:
         data = bytearray()
         with remote.stream(name, start, end) as (begin, chunks):
             for chunk in chunks:
@@ -230,11 +265,7 @@ def read_header(remote: Remote, name: str, where: str) -> tuple[Header, ...]:
                     break
         return bytes(data[start - begin : end - begin])
 
-    first = patiently(lambda: read(0, min(size, FIRST_READ_BYTES)))
-    end = 8 + header_length(first[:8], size, name, where)
-    if end > len(first):
-        first += patiently(lambda: read(len(first), end))
-    return parse_header(first[8:end], size, name, where)
+    return patiently(read)
 
 
 def bring(remote: Remote, names: Iterable[str], folder: Path, where: str, report: Report | None) -> None:
@@ -386,90 +417,3 @@ def explain(error: Exception, repo: str, endpoint: str) -> tuple[str, str]:
         )
     what = f"the connection to {endpoint} failed or was cut ({type(error).__name__})"
     return what, "Check the network and run it again; it goes on where it stopped"
-
-
-@dataclass(frozen=True, kw_only=True)
-class HuggingFaceHub:
-    """A hub that speaks Hugging Face's protocol; `endpoint` and `token` default to the environment's."""
-
-    endpoint: str | None = None
-    token: str | None = field(default=None, repr=False)
-    private: bool | None = None  # of repos that are made; None leaves it to the hub
-
-    def check(self, repo: str, kind: Kind) -> None:
-        where = f"publish {repo}"
-        with explained(where, repo, self.endpoint, PublishError):
-            me = patiently(lambda: HfApi(endpoint=self.endpoint, token=self.token).whoami())
-        owner = repo.split("/")[0] if "/" in repo else me["name"]
-        roles = {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])} | {me["name"]: "admin"}
-        if roles.get(owner, "read") == "read":
-            what = f"{me['name']} may not write to {owner}"
-            raise PublishError(where, what, f"Choose an owner among {', '.join(sorted(roles))}, or ask for a role")
-        access = (me.get("auth") or {}).get("accessToken") or {}
-        if access.get("role") == "read":
-            raise PublishError(where, "the token can only read", "Set HF_TOKEN to a token with write access")
-
-    def publish(self, repo: str, folder: Path, files: Mapping[str, str], message: str, kind: Kind) -> Published:
-        where = f"publish {repo}"
-        api = HfApi(endpoint=self.endpoint, token=self.token)
-        for name, sha256 in files.items():
-            if not (folder / name).is_file() or not matches(folder / name, f"sha256:{sha256}"):
-                raise changed_since(repo, folder / name)
-        with explained(where, repo, self.endpoint, PublishError):
-            patiently(lambda: api.create_repo(repo, repo_type=kind, private=self.private, exist_ok=True))
-            before = look(repo, kind, None, self.endpoint, self.token)
-        url = f"{before.endpoint}/{'' if kind == 'model' else 'datasets/'}{repo}"
-        changed, gone = difference(before, folder, files)
-        if not changed and not gone:
-            return Published(repo=repo, commit=before.commit, changed=False, url=url)
-        failure: Exception | None = None
-        try:
-            self._commit(api, before, folder, changed, gone, message)
-        except (*FAULTS, ValueError) as error:  # ValueError: the client's own, for an answer it does not understand
-            failure = error
-        # A commit whose answer was lost may be there, and one that succeeded may have left out what .gitignore names.
-        with explained(where, repo, self.endpoint, PublishError):
-            after = look(repo, kind, None, self.endpoint, self.token)
-            changed, gone = difference(after, folder, files)
-            if not changed and not gone:
-                return Published(repo=repo, commit=after.commit, changed=True, url=url)
-            if failure is None:
-                what = f"the hub took the commit without {', '.join((changed + gone)[:3])}"
-                raise PublishError(where, what, "Remove the repo's .gitignore, then run it again")
-            if after.commit != before.commit:
-                what = f"somebody else committed to {repo} at the same time"
-                raise PublishError(where, what, "Look at its history, then run it again")
-            if isinstance(failure, FAULTS):
-                raise failure
-        what = f"the hub's answer was not understood ({type(failure).__name__})"
-        raise PublishError(
-            where, what, "Check that it is a Hugging Face hub, with HF_HUB_DISABLE_XET=1 if it has no xet"
-        )
-
-    def _commit(
-        self, api: HfApi, before: Remote, folder: Path, changed: list[str], gone: list[str], message: str
-    ) -> None:
-        """One commit upon the head that was looked at; weights are uploaded first, which no reader sees."""
-        disable_progress_bars()  # only progress.py writes to the terminal
-        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in changed]
-        with warnings.catch_warnings():
-            # Parquet in a model repo is meant: it is a model's weights.
-            warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
-            api.preupload_lfs_files(before.repo, added, repo_type=before.kind)
-            api.create_commit(
-                before.repo,
-                [*added, *(CommitOperationDelete(path_in_repo=name, is_folder=False) for name in gone)],
-                commit_message=message,
-                repo_type=before.kind,
-                parent_commit=before.commit,
-            )
-
-
-def difference(remote: Remote, folder: Path, files: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """The files that a repo lacks or holds otherwise, and those it holds too many; hidden files are the repo's own."""
-    changed = []
-    for name, sha256 in sorted(files.items()):
-        checksum = remote.checksums.get(name, "")
-        if checksum != f"sha256:{sha256}" and not (checksum.startswith("git:") and matches(folder / name, checksum)):
-            changed.append(name)
-    return changed, sorted(set(remote.sizes) - set(files))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from converter.errors import ManifestError
 from converter.manifest import Calibration, Evaluation, Job, Manifest
-from converter.manifest_rules import GRID_FIELDS, METHOD_OF_FIELD
+from converter.manifest_rules import GGUF_FIELDS, GRID_FIELDS, METHOD_OF_FIELD
 from converter.marks import START, Fields, Items, Node, Problems, Text, parse, read_bytes, write_yaml
 from converter.schemes import SCHEMES
 
@@ -55,18 +55,19 @@ def lock_text(
         "models": models,
         "calibration": _text_fields(manifest.calibration, manifest),
         "evaluation": _text_fields(manifest.evaluation, manifest),
-        "jobs": [_job_fields(job) | dict((facts or {}).get(job.key, {})) for job in jobs],
+        "jobs": [_job_fields(job, manifest) | dict((facts or {}).get(job.key, {})) for job in jobs],
     }
     return "# Written by hubmill: the commits and jobs of this folder.\n" + write_yaml(content)
 
 
-def _job_fields(job: Job) -> dict[str, object]:
+def _job_fields(job: Job, manifest: Manifest) -> dict[str, object]:
     """Give the fields that have an effect on this job, defaults filled in."""
     target = job.target.with_defaults()
     fields = target.model_dump(exclude={"name", "where", "methods", "rules"}, exclude_none=True)
     idle = {field for field, method in METHOD_OF_FIELD.items() if method not in target.methods}
-    if target.format not in SCHEMES:
-        idle.update(GRID_FIELDS)
+    idle.update(GGUF_FIELDS if target.format in SCHEMES else GRID_FIELDS)
+    if target.imatrix_file:
+        fields["imatrix"] = portable(f"file:{target.imatrix_file}", manifest)
     rules = {"rules": {rule.pattern: rule.type for rule in target.rules}} if target.rules else {}
     effective = {key: value for key, value in fields.items() if key not in idle}
     return {"model": job.model.name, "target": target.name, "method": list(target.methods)} | effective | rules

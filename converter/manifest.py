@@ -143,7 +143,17 @@ class _Reader:
         for finding in findings:
             mark = entry.value.locate(finding.at) if finding.at else entry.key
             self.say(mark, label, finding.what, finding.remedy)
+        if built and built.imatrix_file:
+            built = self.with_imatrix(built, entry.value, label)
         return built if len(self.form.problems.found) == before and not findings else None
+
+    def with_imatrix(self, target: Target, fields: Fields, label: str) -> Target:
+        """Give the target with the path of its imatrix file absolute; the file must be there."""
+        assert target.imatrix_file, "the caller has looked"
+        file = self.absolute(target.imatrix_file)
+        if not _holds(file, Path.is_file):
+            self.say(fields.locate(("imatrix",)), label, f"there is no file {quoted(str(file))}", FIND)
+        return target.model_copy(update={"imatrix": str(file)})
 
     def check_case(self) -> None:
         """Find targets whose folders would be one on a file system that does not tell case apart."""

@@ -8,12 +8,11 @@ the planner, at the price of saying every field twice.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema
 from pydantic.functional_validators import AfterValidator
@@ -21,174 +20,15 @@ from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import ErrorDetails
 
 from converter import manifest_rules, scalars
+from converter.manifest_target import Name, Rule, String, Switch, Target, passes
 from converter.marks import Text, quoted
 from converter.scalars import RefusedError
-from converter.schemes import ROUNDERS, SCHEMES, STORES, TRANSFORMS, Granularity, Observer
+
+__all__ = ["Calibration", "Evaluation", "Exclude", "Job", "Manifest", "Model", "Publish", "Rule", "Selection", "Target"]
 
 Part = TypeVar("Part", bound=BaseModel)
-
-
-def _passes(check: Callable[[str], tuple[str, str] | None]) -> AfterValidator:
-    """Turn a check that gives (what, remedy) or None into a validator."""
-
-    def validate(value: str) -> str:
-        if problem := check(value):
-            raise RefusedError(*problem)
-        return value
-
-    return AfterValidator(validate)
-
-
-def _ordered(methods: tuple[str, ...]) -> tuple[str, ...]:
-    if problem := manifest_rules.check_order(methods):
-        raise RefusedError(*problem)
-    return methods
-
-
-def _rule_list(value: object) -> object:
-    if isinstance(value, dict):
-        return [{"pattern": pattern, "type": type} for pattern, type in value.items()]
-    if isinstance(value, tuple):
-        return value
-    raise RefusedError("is not a mapping", "Write pattern: type pairs, such as {lm_head: BF16}")
-
-
-def _propagate(value: object) -> object:
-    if scalars.text(value) == "quantized":
-        raise RefusedError("'quantized' does not work yet", "Write original, or remove propagate")
-    return scalars.one_of(("original",))(value)
-
-
-# Limits stand before their reader: pydantic puts a limit into the JSON Schema only when nothing comes between.
-String = Annotated[str, BeforeValidator(scalars.text)]
-Name = Annotated[str, BeforeValidator(scalars.text), _passes(manifest_rules.check_name)]
-Switch = Annotated[bool, BeforeValidator(scalars.switch)]
 Sequences = Annotated[int, Field(ge=1, le=1_000_000), BeforeValidator(scalars.whole)]
 Length = Annotated[int, Field(ge=16, le=131_072), BeforeValidator(scalars.whole)]
-METHOD_NAMES = TRANSFORMS + ROUNDERS
-METHOD_SCHEMA = {"enum": list(METHOD_NAMES)}
-GRID_STORES = tuple(name for schemes in SCHEMES.values() for name in schemes)
-TYPE_STORES = tuple(name for format, names in STORES.items() if format not in SCHEMES for name in names)
-RULE_TYPES = sorted({name for format in STORES for name in manifest_rules.rule_types(format)})
-
-
-class Rule(BaseModel, frozen=True, extra="forbid"):
-    """Another type for the tensors in whose checkpoint name the regular expression `pattern` is found."""
-
-    pattern: String
-    type: String
-
-
-def _target_schema(schema: dict[str, Any]) -> None:
-    """Say in the schema which key, type or scheme, each format takes, and with which values."""
-    cases = []
-    for format, stores in STORES.items():
-        key = manifest_rules.scheme_key(format)
-        then = {"required": [key], "properties": {key: {"enum": list(stores)}}}
-        cases.append({"if": {"properties": {"format": {"const": format}}, "required": ["format"]}, "then": then})
-    schema["allOf"] = cases
-
-
-class Target(
-    BaseModel,
-    frozen=True,
-    extra="forbid",
-    validate_by_name=True,
-    validate_by_alias=True,
-    json_schema_extra=_target_schema,
-):
-    """A format, what to store in it, and how to get there."""
-
-    name: SkipJsonSchema[str]
-    where: SkipJsonSchema[str] = ""  # file:line of the target's key
-    format: Annotated[
-        Literal["gguf", "compressed-tensors", "parquet"],
-        BeforeValidator(scalars.one_of(tuple(STORES))),
-        Field(description="The container to write."),
-    ]
-    type: Annotated[
-        str | None,
-        BeforeValidator(scalars.optional(scalars.text)),
-        WithJsonSchema({"enum": list(TYPE_STORES)}),
-        Field(description="gguf: the type of the file."),
-    ] = None
-    scheme: Annotated[
-        str | None,
-        BeforeValidator(scalars.optional(scalars.text)),
-        WithJsonSchema({"enum": list(GRID_STORES)}),
-        Field(description="compressed-tensors and parquet: bits of weights and activations."),
-    ] = None
-    methods: Annotated[
-        tuple[Annotated[str, BeforeValidator(scalars.one_of(METHOD_NAMES))], ...],
-        BeforeValidator(scalars.one_or_many),
-        AfterValidator(_ordered),
-        WithJsonSchema({"anyOf": [METHOD_SCHEMA, {"type": "array", "items": METHOD_SCHEMA}]}),
-        Field(validation_alias="method", description="A rounder, or a list: transforms first, one rounder last."),
-    ] = ("rtn",)
-    group_size: Annotated[
-        Annotated[int, Field(ge=1, le=65_536)] | None,
-        BeforeValidator(scalars.optional(scalars.whole)),
-        Field(description="Input columns that share a scale; the scheme's own when left out."),
-    ] = None
-    symmetric: Annotated[
-        bool | None,
-        BeforeValidator(scalars.optional(scalars.switch)),
-        Field(description="Whether zero is in the middle of the codes; the scheme's own when left out."),
-    ] = None
-    granularity: Annotated[
-        Granularity | None,
-        BeforeValidator(scalars.optional(scalars.one_of(get_args(Granularity)))),
-        Field(description="What shares a scale; group where there is a group size, otherwise channel."),
-    ] = None
-    observer: Annotated[
-        Observer,
-        BeforeValidator(scalars.one_of(get_args(Observer))),
-        Field(description="How the range of a grid is found."),
-    ] = "mse"
-    imatrix: Annotated[
-        Switch, Field(description="Weigh errors by the importance of each input column, from calibration.")
-    ] = False
-    smoothing_strength: Annotated[
-        float,
-        Field(ge=0, le=1),
-        BeforeValidator(scalars.real),
-        Field(description="smoothquant: the share of the activations' range moved into the weights."),
-    ] = 0.8
-    damping: Annotated[
-        float,
-        Field(gt=0, le=1),
-        BeforeValidator(scalars.real),
-        Field(description="gptq: added to the Hessian's diagonal, as a share of its mean."),
-    ] = 0.01
-    propagate: Annotated[
-        Literal["original"],
-        BeforeValidator(_propagate),
-        Field(description="Which outputs the next block is calibrated on."),
-    ] = "original"
-    rules: Annotated[
-        tuple[Rule, ...],
-        BeforeValidator(_rule_list),
-        WithJsonSchema({"type": "object", "additionalProperties": {"enum": RULE_TYPES}}),
-        Field(description="Regular expression, searched in the checkpoint's tensor name: type. The first match wins."),
-    ] = ()
-
-    def rule_for(self, tensor: str) -> Rule | None:
-        """Give the first rule whose pattern is found in the checkpoint's name of the tensor."""
-        return next((rule for rule in self.rules if re.search(rule.pattern, tensor)), None)
-
-    def with_defaults(self) -> Target:
-        """Give the target with group_size, symmetric and granularity filled from its scheme; gguf has none of them."""
-        scheme = SCHEMES.get(self.format, {}).get(self.scheme or "")
-        if scheme is None:
-            return self
-        group_size = self.group_size or scheme.group_size
-        granularity = self.granularity or ("group" if group_size else "channel")
-        filled = {
-            "granularity": granularity,
-            "group_size": group_size if granularity == "group" else None,
-            "symmetric": scheme.symmetric if self.symmetric is None else self.symmetric,
-        }
-        return self.model_copy(update=filled)
 
 
 class Selection(BaseModel, frozen=True, extra="forbid"):
@@ -279,7 +119,7 @@ class Publish(BaseModel, frozen=True, extra="forbid"):
     ]
     repo: Annotated[
         String,
-        _passes(manifest_rules.check_template),
+        passes(manifest_rules.check_template),
         Field(description="Name of each repository, with {name}, {model} and {target} filled in."),
     ] = "{model}-{target}"
     private: Annotated[Switch, Field(description="Whether new repositories are private.")] = False
@@ -362,7 +202,7 @@ def read_part(part: type[Part], values: Mapping[str, object]) -> tuple[Part | No
 
 
 def _finding(detail: ErrorDetails) -> manifest_rules.Finding:
-    at = tuple(detail["loc"])
+    at = tuple(step for step in detail["loc"] if step != "[key]")  # what pydantic adds for the key of a mapping
     field = " ".join(str(step + 1) if isinstance(step, int) else step for step in at)
     refused = detail.get("ctx", {}).get("error")
     if isinstance(refused, RefusedError):

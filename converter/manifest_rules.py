@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converter.marks import quoted, suggestion
-from converter.schemes import METHODS, ROUNDERS, SCHEMES, STORES, TRANSFORMS
+from converter.schemes import GGUF_TENSOR_TYPES, METHODS, ROUNDERS, SCHEMES, STORES, TRANSFORMS
 
 if TYPE_CHECKING:
     from converter.manifest_fields import Target
@@ -25,13 +25,20 @@ MAX_NAME = 96
 RESERVED = ("comparison.json", "comparison.parquet", "tensors.parquet", "report.html", "manifest.lock.yaml", ".work")
 REPO = re.compile(rf"{NAME.pattern}(/{NAME.pattern})?", re.ASCII)
 REPO_FIELDS = ("name", "model", "target")
-# Types of single tensors, for `rules:`; a mixture such as Q4_K_M is a recipe that picks among these.
-GGUF_TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K")
 KEEP = ("BF16", "F16", "F32")
 # Fields that only mean something beside a certain method.
 METHOD_OF_FIELD = {"smoothing_strength": "smoothquant", "damping": "gptq"}
 # Fields that describe integer grids; a GGUF block has its shape from its type.
 GRID_FIELDS = ("group_size", "symmetric", "granularity", "observer")
+# Fields that only a GGUF file has a place for.
+GGUF_FIELDS = (
+    *("search", "output_type", "embedding_type", "pure", "fallback"),
+    *("requantize", "split_tensors", "split_size", "metadata"),
+)
+METADATA_KEY = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*", re.ASCII)
+MAX_METADATA_KEY = 128
+# Keys that say how the file is laid out, and are written from what is in it.
+LAYOUT_KEYS = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +66,7 @@ def check_target(target: Target) -> Iterator[Finding]:
     yield from _check_stores(target)
     yield from _check_methods(target)
     yield from _check_grid(target)
+    yield from _check_gguf(target)
     yield from _check_rules(target)
 
 
@@ -141,6 +149,34 @@ def _check_grid(target: Target) -> Iterator[Finding]:
                 what = f"scheme {target.scheme} is {'symmetric' if scheme.symmetric else 'asymmetric'}"
                 remedy = f"Write scheme: {name}, and remove symmetric"
                 yield Finding(at=("symmetric",), needs=("format", "scheme"), what=what, remedy=remedy)
+
+
+def _check_gguf(target: Target) -> Iterator[Finding]:
+    if target.format != "gguf":
+        for field in GGUF_FIELDS:
+            if field in target.model_fields_set:
+                what = f"{field} is for gguf, and has no effect with {target.format}"
+                yield Finding(at=(field,), needs=("format",), what=what, remedy=f"Remove {field}")
+        if target.imatrix_file:
+            what = f"an imatrix file names tensors as GGUF does, so {target.format} cannot use it"
+            yield Finding(at=("imatrix",), needs=("format",), what=what, remedy="Write imatrix: true, or remove it")
+        return
+    if target.split_tensors is not None and target.split_size is not None:
+        what = "split_size and split_tensors are both given"
+        yield Finding(at=("split_size",), needs=("split_tensors",), what=what, remedy="Remove one of the two")
+    if target.pure and target.type in KEEP:
+        what = f"pure has no effect with type {target.type}, which is no mixture"
+        yield Finding(at=("pure",), needs=("format", "type"), what=what, remedy="Remove pure")
+
+
+def check_metadata_key(key: str) -> tuple[str, str] | None:
+    """Give (what, remedy) when `key` is not a key of GGUF metadata, or one that the layout of the file decides."""
+    if not METADATA_KEY.fullmatch(key) or len(key) > MAX_METADATA_KEY:
+        remedy = f"Write small letters, digits, _ and - in parts with . between, at most {MAX_METADATA_KEY} characters"
+        return "is not a metadata key", remedy
+    if key in LAYOUT_KEYS or key.startswith("split."):
+        return "is written from what is in the file", "Remove it"
+    return None
 
 
 def _check_rules(target: Target) -> Iterator[Finding]:

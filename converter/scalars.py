@@ -14,6 +14,10 @@ from converter.marks import Text, closest, quoted, suggestion
 
 MAX_TEXT = 4096
 SWITCHES = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}
+SIZE = "^[1-9][0-9]{0,8}[KMG]$"
+UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
+# What YAML 1.1 and 1.2, or people, may read as something other than text.
+AMBIGUOUS = re.compile(r"[-+.]?[0-9][0-9a-fA-FoOxX_.:eE+-]*|[-+]?\.(inf|nan)|y|n|yes|no|on|off|true|false", re.I)
 Reader = Callable[[object], object]
 
 
@@ -86,6 +90,44 @@ def switch(value: object) -> object:
         return written.text == "true"
     wanted = SWITCHES.get(written.text.casefold(), "true or false")
     raise RefusedError(f"{quoted(written.text)} is not true or false", f"Write {wanted}, without quotes")
+
+
+def switch_or_path(value: object) -> object:
+    """Read true, false, or else the path of a file; a word that looks like a switch is refused as one."""
+    written = scalar(value)
+    if written is None:
+        return value
+    return switch(written) if written.text.casefold() in SWITCHES else text(written)
+
+
+def size(value: object) -> object:
+    """Read a number of bytes with its unit, such as 500M; see size_bytes."""
+    written = text(value)
+    if isinstance(written, str) and re.match(SIZE, written, re.ASCII):
+        return written
+    raise RefusedError(f"{quoted(str(written))} is not a size", "Write a whole number and K, M or G, such as 2G")
+
+
+def size_bytes(written: str) -> int:
+    """Give the bytes that a size such as 500M stands for; K, M and G are decimal."""
+    return int(written[:-1]) * UNITS[written[-1]]
+
+
+def value(given: object) -> object:
+    """Read a value of any kind: a whole number, a decimal number, true or false, and text, in quotes if need be."""
+    written = scalar(given)
+    if written is None or not written.text or not written.plain:
+        return text(given)
+    if written.text in ("true", "false"):
+        return written.text == "true"
+    if re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", written.text, re.ASCII):
+        return int(written.text)
+    if re.fullmatch(r"-?[0-9]{1,15}\.[0-9]{1,17}([eE][+-][0-9]{1,2})?", written.text, re.ASCII):
+        return float(written.text)
+    if AMBIGUOUS.fullmatch(written.text):
+        what = f"{quoted(written.text)} can be read in two ways"
+        raise RefusedError(what, "Write a number such as 128 or 0.5, or put it in quotes if text is meant")
+    return written.text
 
 
 def one_of(choices: tuple[str, ...]) -> Reader:

@@ -25,7 +25,24 @@ class Scheme:
     activation_bits: int | None = None
 
 
-GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K_M")
+# The types of whole GGUF files, mixtures most of them; MXFP4 and NVFP4 are ours, the others llama-quantize's.
+GGUF_TYPES = (
+    *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
+    *("Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M"),
+    *("IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4_MOE", "MXFP4", "NVFP4"),
+)
+# Other names for them, as people write them for llama-quantize.
+GGUF_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+# The types of single tensors, which a mixture picks among: all of ggml's that a model file can hold and we can make.
+GGUF_TENSOR_TYPES = (
+    *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
+)
+# How the scales and codes of a GGUF block are found, and what to do with rows that its blocks do not fill.
+SEARCHES = ("ggml", "thorough")
+FALLBACK_ANSWERS = ("allow", "refuse")
 COMPRESSED_TENSORS_SCHEMES = {
     "W4A16": Scheme(bits=4, group_size=128),
     "W4A16_ASYM": Scheme(bits=4, group_size=128, symmetric=False),
@@ -43,15 +60,15 @@ SCHEMES: dict[str, dict[str, Scheme]] = {
 }
 # What the values of `type:` (gguf) or `scheme:` (the others) may be.
 STORES: dict[str, tuple[str, ...]] = {
-    "gguf": GGUF_TYPES,
+    "gguf": (*GGUF_TYPES, *GGUF_ALIASES),
     "compressed-tensors": tuple(COMPRESSED_TENSORS_SCHEMES),
     "parquet": tuple(PARQUET_SCHEMES),
 }
 TRANSFORMS = ("smoothquant",)
 ROUNDERS = ("rtn", "gptq")
-# GGUF blocks are rounded by ggml's own search; the others take every rounder and transform.
+# In a GGUF file, rtn is the search of its type. Transforms would need places in its graph that readers do not have.
 METHODS: dict[str, tuple[str, ...]] = {
-    "gguf": ("rtn",),
+    "gguf": ROUNDERS,
     "compressed-tensors": TRANSFORMS + ROUNDERS,
     "parquet": TRANSFORMS + ROUNDERS,
 }

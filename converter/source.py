@@ -1,4 +1,4 @@
-"""A model at one commit: its tensors by header, its small files, and one tensor at a time.
+"""A model at one commit: its tensors by header, its small files, and one tensor, or a slab of its rows, at a time.
 
 Planning needs names, types and shapes only, so a Snapshot is built from the headers of the safetensors files: the first
 kilobytes of each, read from the disk here or over HTTP by `hub`. Every header is checked against the file's length
@@ -22,38 +22,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from converter.errors import NumericsError, SourceError, UnsupportedError
+from converter.errors import SourceError, UnsupportedError
 from converter.folder import HEADER_LIMIT_BYTES, check_path, digest_folder, list_folder
 from converter.tensor_file import read_range
-
-# O out, I in (columns), P rows of a scale, Q columns of a scale
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0"})
-FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
+from converter.values import DTYPES, FLOATING, FP8, check_finite, decoded, multiply_scale
 
 SMALL_LIMIT_BYTES = 32 << 20  # a file up to this size that is not a weight travels with the model
-CHUNK = 1 << 24  # elements looked at together, which bounds the memory of a check
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHTS = (
@@ -86,7 +62,7 @@ class Header:
     """One tensor as the header of its file declares it; `start` and `end` are byte offsets into the file."""
 
     name: str
-    dtype: str  # as safetensors calls it: "BF16", "F8_E4M3", ...
+    dtype: str  # as safetensors calls it: "BF16", "F8_E4M3", ...; in a GGUF file ggml's name: "Q4_K"
     shape: tuple[int, ...]
     file: str  # relative to the snapshot's folder, with forward slashes
     start: int
@@ -110,27 +86,59 @@ class Snapshot:
     folder: Path
     scales: Mapping[str, Header] = field(default_factory=dict)
     checksums: Mapping[str, str] = field(default_factory=dict)  # of a hub: "sha256:..." or "git:..." by file
+    gguf: tuple[
+        str, ...
+    ] = ()  # the files, in order, of a model that is GGUF; its tensors have the names of those files
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor in its stored type; an fp8 weight with a scale comes multiplied out, in f32.
+        """Read one tensor in its stored type; an fp8 weight with a scale, and ggml blocks, come multiplied out, in f32.
 
         Raises NumericsError when a value is NaN or infinite, SourceError when the file is not what its header said.
         """
+        return next(self.slabs(name, None))
+
+    def slabs(self, name: str, weights: int | None) -> Iterator[Tensor]:
+        """Read one tensor as `read` does, its rows a slab at a time: [n, I] with about so many weights each.
+
+        None gives one slab, the tensor in its own shape. An fp8 weight with scales is read whole all the same.
+        """
         header = self.tensors[name]
-        stored = self._load(header)
-        tensor = stored
+        where = f"{self.repo}: {name}"
+        columns = header.shape[-1] if header.shape else 1
+        rows = math.prod(header.shape[:-1])
+        height = rows if weights is None else max(1, min(rows, weights // max(1, columns)))
+        whole = None
         if name in self.scales:
             block = dict(self.config.get("quantization_config") or {}).get("weight_block_size")
-            tensor = multiply_scale(stored, self._load(self.scales[name]), block, f"{self.repo}: {name}")
-        if header.dtype in FLOATING:
-            check_finite(tensor, f"{self.repo}: {name}")
-        return tensor
+            stored = self._load(header, 0, rows).reshape(header.shape)
+            scale = self.scales[name]
+            factor = self._load(scale, 0, math.prod(scale.shape[:-1])).reshape(scale.shape)
+            whole = multiply_scale(stored, factor, block, where).reshape(rows, columns)
+        for first in range(0, max(1, rows), max(1, height)):
+            count = min(height, rows - first)
+            slab = self._load(header, first, count) if whole is None else whole[first : first + count]
+            if header.dtype in FLOATING:
+                check_finite(slab, where, first, header.shape)
+            yield slab.reshape(header.shape) if weights is None else slab
 
-    def _load(self, header: Header) -> Tensor:
+    def stored_slabs(self, name: str, size_bytes: int) -> Iterator[Tensor]:
+        """The rows of a tensor as they lie in the file, u8 [n, bytes a row], in slabs of about size_bytes."""
+        header = self.tensors[name]
+        rows = math.prod(header.shape[:-1])
+        height = max(1, size_bytes * rows // max(1, header.end - header.start))
+        for first in range(0, rows, height):
+            yield self._bytes(header, first, min(height, rows - first))
+
+    def _load(self, header: Header, first: int, count: int) -> Tensor:
+        return decoded(self._bytes(header, first, count), header.dtype)
+
+    def _bytes(self, header: Header, first: int, count: int) -> Tensor:
+        """The bytes of `count` rows of a tensor from row `first` on, u8 [count, bytes a row]."""
         path = self.folder / header.file
-        size_bytes = header.end - header.start
+        row_bytes = (header.end - header.start) // max(1, math.prod(header.shape[:-1]))
+        size_bytes = count * row_bytes
         try:
-            raw = read_range(path, header.start, size_bytes)
+            raw = read_range(path, header.start + first * row_bytes, size_bytes)
         except FileNotFoundError as error:
             what = f"the file of tensor '{header.name}' is not here"
             raise SourceError(
@@ -142,14 +150,14 @@ class Snapshot:
         if len(raw) < size_bytes:
             what = f"the file ends {size_bytes - len(raw)} bytes before the end of tensor '{header.name}'"
             raise SourceError(str(path), what, "It was changed after planning: fetch it again and plan anew")
-        return raw.view(DTYPES[header.dtype]).reshape(header.shape)
+        return raw.reshape(count, row_bytes)
 
 
 def open_folder(path: Path, where: str) -> Snapshot:
     """Open the model in a folder, reading headers only; its commit is a digest over its content (`digest_folder`).
 
     `where` says who asks, for messages. Raises SourceError for what cannot be read and UnsupportedError for what is not
-    converted: pickled or GGUF-only weights, adapters, a quantization other than fp8.
+    converted: pickled weights, adapters, a quantization other than fp8.
     """
     root = path.resolve()
     if not root.is_dir():
@@ -164,9 +172,17 @@ def open_folder(path: Path, where: str) -> Snapshot:
                 length = header_length(file.read(8), files[name], name, where)
                 yield parse_header(file.read(length), files[name], name, where)
 
+    gguf: tuple[str, ...] = ()
+    scales: Mapping[str, Header] = {}
     try:
         files = list_folder(root, where)
-        config, tensors, scales = survey(files, read_small, read_headers, where)
+        if is_gguf(files):
+            from converter.containers.gguf import source  # which imports this module
+
+            model = source.survey(files, lambda name: source.read_head(root / name), where)
+            gguf, config, tensors = model.files, source.config_of(model), source.headers_of(model)
+        else:
+            config, tensors, scales = survey(files, read_small, read_headers, where)
         commit = digest_folder(root, files)[:40]
     except OSError as error:
         what = f"{error.filename or root} cannot be read: {error.strerror}"
@@ -180,7 +196,14 @@ def open_folder(path: Path, where: str) -> Snapshot:
         scales=scales,
         files=files,
         folder=root,
+        gguf=gguf,
     )
+
+
+def is_gguf(files: Mapping[str, int]) -> bool:
+    """Whether the model is GGUF only: files of that kind in the top folder, and no safetensors files."""
+    top = [name for name in files if "/" not in name]
+    return any(name.endswith(".gguf") for name in top) and not any(name.endswith(".safetensors") for name in top)
 
 
 def survey(
@@ -238,9 +261,6 @@ def choose_shards(files: Mapping[str, int], where: str) -> list[str]:
         safe = [name for name in pickled if re.fullmatch(r"[\w./-]+", name)]  # a stranger's name enters a command
         pattern = "pytorch_model*.bin" if any(name.startswith("pytorch_model") for name in safe) else [*safe, "FILE"][0]
         raise SourceError(where, what, UNPICKLE.format(pattern=pattern))
-    if any(name.endswith(".gguf") for name in files):
-        remedy = "Take the original model, which holds more precise weights anyway"
-        raise SourceError(where, "the weights are GGUF only, which is not yet read as a source", remedy)
     raise SourceError(where, "there is no .safetensors file", "Check that this is a model and that its download ended")
 
 
@@ -363,52 +383,6 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise SourceError(where, "the JSON is not an object", "Mend the file, or fetch it again")
     return parsed
-
-
-def multiply_scale(weight: Tensor, scale: Tensor, block: Iterable[int] | None, where: str) -> Tensor:
-    """The values of an fp8 weight: weight times scale, in f32.
-
-    weight [..., O, I] fp8; scale is one number, [..., O], [..., O, 1] or [..., P, Q] with one number per block of
-    `block` = (rows, columns) elements, by default 128 x 128. Raises SourceError when the shapes do not fit.
-    Both endings mean a factor: DeepSeek's `weight_scale_inv` is the inverse of the scale that was divided by.
-    """
-    factor = scale.float()
-    if factor.numel() == 1:
-        return weight.float() * factor.reshape(())
-    if factor.ndim == weight.ndim - 1:
-        factor = factor.unsqueeze(-1)
-    fits = factor.ndim == weight.ndim and factor.shape[:-2] == weight.shape[:-2]
-    for dimension, step in zip((-2, -1), block or (128, 128), strict=True):
-        length = weight.shape[dimension]
-        if not fits or factor.shape[dimension] in (1, length):
-            continue
-        fits = factor.shape[dimension] == -(-length // step)
-        if fits:
-            factor = factor.repeat_interleave(step, dimension).narrow(dimension, 0, length)
-    if not fits:
-        what = f"a scale of shape {list(scale.shape)} does not fit a weight of shape {list(weight.shape)}"
-        raise SourceError(where, what, "Check weight_block_size in config.json")
-    return weight.float().mul_(factor)
-
-
-def check_finite(tensor: Tensor, where: str) -> None:
-    """Raise NumericsError when a floating tensor holds NaN or an infinity, saying how many and where the first is."""
-    flat = tensor.reshape(-1)
-    bad, first = 0, -1
-    for start in range(0, flat.numel(), CHUNK):
-        stored = flat[start : start + CHUNK]
-        part = stored.float() if stored.element_size() == 1 else stored  # fp8 has no arithmetic of its own
-        # Minimum and maximum carry NaN along and cost a tenth of isfinite on every value (10 against 195 ms per 16 M).
-        if torch.stack(torch.aminmax(part)).isfinite().all():
-            continue
-        wrong = ~torch.isfinite(part)
-        if first < 0:
-            first = start + int(wrong.to(torch.uint8).argmax())
-        bad += int(wrong.sum())
-    if bad:
-        index = [int(number) for number in torch.unravel_index(torch.tensor(first), tensor.shape)]
-        what = f"{bad} of {flat.numel()} values are not finite, the first at {index}"
-        raise NumericsError(where, what, "The checkpoint is damaged or overflowed in training: take another revision")
 
 
 def tied(config: Mapping[str, Any], tensors: Iterable[str], head: str = "lm_head.weight") -> bool:

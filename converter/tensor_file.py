@@ -7,9 +7,10 @@ hidden state can be read one by one; the price is that the pages read stay charg
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,30 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
             {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, part, dict(metadata or {})
         )
         with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_rows(path: Path, name: str, shape: tuple[int, int], slabs: Iterable[Tensor]) -> None:
+    """Write one u8 tensor [R, B] to `path` from slabs of its rows, in order, as `save` would write it whole.
+
+    The library wants a tensor whole; its header, which is all that stands in front, follows from the shape.
+    """
+    size = shape[0] * shape[1]
+    header = json.dumps({name: {"dtype": "U8", "shape": list(shape), "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            start = file.tell()
+            for slab in slabs:
+                assert slab.dtype == torch.uint8 and slab.shape[1] == shape[1], (name, slab.shape, shape)
+                file.write(slab.contiguous().numpy().data)
+            assert file.tell() - start == size, (name, file.tell() - start, size)
+            file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     finally:

@@ -6,22 +6,26 @@ import math
 from collections.abc import Iterable
 
 from converter.compare.metrics import WINDOW
+from converter.manifest import Target
 from jobs.task import Task
 from jobs.work import Model, PlannedJob, Texts
 
 F32_BYTES = 4
+SUM_BYTES = 8  # of a column in f64
 # Importing torch and transformers and reading a tokenizer takes about this much in every worker process.
 WORKER_BYTES = 700_000_000
 # How many times the widest Gram GPTQ holds at its peak: itself, three of f64 (7 measured in all), and smaller taps'.
 GRAMS = 8
+# How many times a tensor is there in f32 while it is compared: as it was, as read back, and on the way.
+COMPARED = 4
+# Weights that are read, rounded and written together, and how many times as many are on the way at the peak.
+SLAB_WEIGHTS = 1 << 22
+SLABS = 16  # 15 measured, on 128k x 4096 weights from BF16
 
 
 def block_bytes(model: Model, block: int | None) -> int:
     """Bytes in f32 of the checkpoint's tensors in a block, or of those outside every block."""
-    if model.architecture is None:
-        return 0
-    headers = model.snapshot.tensors.values()
-    return F32_BYTES * sum(math.prod(h.shape) for h in headers if model.architecture.block_of(h.name) == block)
+    return F32_BYTES * sum(math.prod(header.shape) for header in model.headers.get(block, ()))
 
 
 def hidden_bytes(model: Model, rows: int) -> int:
@@ -47,24 +51,33 @@ def _tap_widths(model: Model, block: int) -> list[int]:
     """The number of columns of each tap of a block."""
     assert model.architecture is not None
     widths: dict[str, int] = {}
-    for name, header in model.snapshot.tensors.items():
-        tap = model.architecture.tap_of(name)
-        if tap and model.architecture.block_of(name) == block:
+    for header in model.headers.get(block, ()):
+        if tap := model.architecture.tap_of(header.name):
             widths[tap.name] = header.shape[-1]
     return list(widths.values())
 
 
 def evaluate_bytes(model: Model, texts: Texts) -> int:
     if model.architecture is None:
-        return WORKER_BYTES
+        widest = max((math.prod(header.shape) for header in model.snapshot.tensors.values()), default=0)
+        return WORKER_BYTES + COMPARED * F32_BYTES * widest
     hidden = hidden_bytes(model, texts.evaluation.sequences * texts.evaluation.length)
     largest = max((block_bytes(model, block) for block in range(model.blocks)), default=0)
     logits = 4 * F32_BYTES * min(texts.evaluation.length, WINDOW) * embedding_shape(model)[0]
     return WORKER_BYTES + 2 * largest + 2 * block_bytes(model, None) + 3 * hidden + logits
 
 
+def streams(target: Target) -> bool:
+    """Whether tensors of this target are rounded a slab of rows at a time (see jobs/stream.py)."""
+    return target.format == "gguf" and target.methods == ("rtn",)
+
+
 def quantize_bytes(job: PlannedJob, block: int | None, gram: bool) -> int:
     """Memory of rounding a block, or, outside the blocks, the widest tensor there; gram: its statistics have one."""
+    if streams(job.target):
+        scaled = [math.prod(t.shape) for t in job.tensors(block) if t.source in job.model.snapshot.scales]
+        rows = max((tensor.shape[-1] for tensor in job.tensors(block)), default=0)
+        return WORKER_BYTES + F32_BYTES * (SLABS * max(SLAB_WEIGHTS, rows) + 3 * max(scaled, default=0))
     shapes = [tensor.shape for tensor in job.tensors(block)]
     weights = sum(math.prod(shape) for shape in shapes) if block is not None else 0
     widest = max((math.prod(shape) for shape in shapes), default=0)
@@ -73,9 +86,11 @@ def quantize_bytes(job: PlannedJob, block: int | None, gram: bool) -> int:
 
 
 def calibrate_disk(model: Model, texts: Texts, block: int, grams: bool) -> int:
-    """Disk of a block's statistics and the rows behind it."""
+    """Disk of a block's statistics, of the sums of all blocks up to it, and of the rows behind it."""
     rows = hidden_bytes(model, texts.calibration.sequences * texts.calibration.length)
-    return rows + (sum(width * width for width in _tap_widths(model, block)) * F32_BYTES if grams else 0)
+    widths = _tap_widths(model, block)
+    sums = (block + 1) * SUM_BYTES * sum(widths)
+    return rows + sums + (sum(width * width for width in widths) * F32_BYTES if grams else 0)
 
 
 def reference_disk(model: Model, texts: Texts) -> int:

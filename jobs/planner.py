@@ -72,7 +72,7 @@ def _model_tasks(
     reference = _reference_task(work, fetch) if model.architecture else None
     if reference:
         yield reference
-    weighed = next((job for job in jobs if job.target.imatrix and job.target.format == "gguf"), None)
+    weighed = next((job for job in jobs if job.target.collects_imatrix and job.target.format == "gguf"), None)
     if weighed and calibrations:
         last = calibrations[-1].key
         names = {tensor.name: tensor.source for tensor in weighed.artifact.tensors}
@@ -129,7 +129,8 @@ def _quantize_task(job: PlannedJob, block: int | None, work: Work, fetch: Task, 
     spec = {
         "tensors": [repr(tensor) for tensor in tensors],
         "methods": list(job.target.methods),
-        "options": [job.target.imatrix, job.target.smoothing_strength, job.target.damping],
+        "options": [job.target.weighs_columns, job.target.smoothing_strength, job.target.damping],
+        "imatrix": job.artifact.imatrix_sha256,
         "foldings": repr(job.model.architecture.foldings) if job.model.architecture else "",
     }
     gram = bool(calibrated) and any(need.gram for need in _needs(job.target))
@@ -138,7 +139,9 @@ def _quantize_task(job: PlannedJob, block: int | None, work: Work, fetch: Task, 
         subject=job.subject,
         block=block,
         spec=spec,
-        work=replace(work, target=job.target, tensors=tensors, calibrated=calibrated),
+        work=replace(
+            work, target=job.target, tensors=tensors, calibrated=calibrated, imatrix_sha256=job.artifact.imatrix_sha256
+        ),
         reads=tuple(key for key in (fetch.key, calibrated) if key),
         resources=Resources(
             memory_bytes=needs.quantize_bytes(job, block, gram), disk_bytes=needs.quantize_disk(job, block)
@@ -177,6 +180,8 @@ def _artifact_tasks(
         task.key: tuple(tensor.name for tensor in task.work.tensors) for task in quantize if isinstance(task.work, Work)
     }
     target = job.target.model_dump(mode="json", exclude={"where"})
+    if job.target.imatrix_file:
+        target["imatrix"] = job.target.imatrix_file.name  # what is in it is in the keys of the quantized blocks
     size_bytes = sum(job.artifact.files.values())
     assemble = Task(
         kind="assemble",
@@ -193,9 +198,7 @@ def _artifact_tasks(
         spec={"device": work.device},
         work=replace(work, assembled=assemble.key, parts=parts, referenced=reference.key if reference else ""),
         reads=(assemble.key, *((reference.key,) if reference else ())),
-        resources=Resources(
-            gpus=_gpus(work), memory_bytes=reference.resources.memory_bytes if reference else needs.WORKER_BYTES
-        ),
+        resources=Resources(gpus=_gpus(work), memory_bytes=needs.evaluate_bytes(work.model, work.texts)),
     )
     yield evaluate
     # Only on a hub that people can reach by its name does the card tell them to load the artifact from there.
@@ -227,7 +230,7 @@ def _artifact_tasks(
 
 def _needs(target: Target) -> Iterator[Needs]:
     for method in target.methods:
-        yield NEEDS[method](target.imatrix)
+        yield NEEDS[method](target.collects_imatrix)
 
 
 def _settings(text: Calibration | Evaluation) -> dict[str, Any]:

@@ -21,14 +21,15 @@ from converter.blocks import Decoder
 from converter.calibration import digest
 from converter.containers.tables import CONTAINERS
 from converter.errors import HubmillError, SourceError, UnsupportedError
+from converter.experts import separate
 from converter.manifest import Job, Manifest
 from converter.methods.tables import NEEDS
 from converter.progress import bytes_text
 from jobs.needs import disk_bytes, embedding_shape
 from jobs.planner import Plan, build
-from jobs.steps import text_rows
 from jobs.store import Store
 from jobs.task import Task
+from jobs.texts import text_rows
 from jobs.work import Model, PlannedJob, Texts
 
 CONNECT_SECONDS = 5.0
@@ -97,6 +98,7 @@ def _open(job: Job, store: Store) -> Model:
         architecture = find(snapshot.config, where)
     except UnsupportedError:  # its weights can still be rounded; what needs more says so in _plan_job
         return Model(name=job.model.name, snapshot=snapshot, architecture=None)
+    snapshot = separate(snapshot, architecture)
     computed = tuple(name for name in snapshot.tensors if COMPUTED.search(name))
     tensors = {name: header for name, header in snapshot.tensors.items() if name not in computed}
     check_blocks(architecture, snapshot.config, tensors, where)  # first: what comes next builds as many as it is told
@@ -112,17 +114,21 @@ def _open(job: Job, store: Store) -> Model:
 
 def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
     target = job.target.with_defaults()
-    needs = [NEEDS[method](target.imatrix) for method in target.methods]
-    if model.architecture is None and (target.format == "gguf" or any(need.sums or need.gram for need in needs)):
+    needs = [NEEDS[method](target.collects_imatrix) for method in target.methods]
+    if model.snapshot.gguf and target.format != "gguf":
+        what = f"the source is GGUF, which becomes GGUF of other types, and this target is {target.format}"
+        remedy = "Convert the original model, or choose format: gguf"
+        raise UnsupportedError(model.snapshot.repo, what, remedy)
+    unknown = model.architecture is None and not model.snapshot.gguf
+    if unknown and (target.format == "gguf" or any(need.sums or need.gram for need in needs)):
         find(model.snapshot.config, f"{target.where}: {job.key}")  # raises, naming what is known
     artifact = CONTAINERS[target.format].plan(model.snapshot, model.architecture, target)
     left_out = dict.fromkeys(model.computed, "whoever runs the model computes it")
     artifact = replace(artifact, dropped=left_out | dict(artifact.dropped))
-    unused = [
-        rule.pattern
-        for rule in target.rules
-        if not any(re.search(rule.pattern, name) for name in model.snapshot.tensors)
-    ]
+    names = set(model.snapshot.tensors)
+    if target.format == "gguf":  # rules may speak of the names in the file, too
+        names |= {tensor.stack or tensor.name for tensor in artifact.tensors}
+    unused = [rule.pattern for rule in target.rules if not any(re.search(rule.pattern, name) for name in names)]
     notes = tuple(f"the rule '{pattern}' fits no tensor" for pattern in unused)
     artifact = replace(artifact, notes=artifact.notes + notes)
     repo = manifest.publish.repo_of(manifest.name, job) if manifest.publish else None

@@ -10,7 +10,7 @@ import contextlib
 import resource
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -19,20 +19,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from converter import calibration, dataset, hub, tensor_file
-from converter.blocks import Decoder, tokenizer
+from converter import hub, tensor_file
+from converter.blocks import Decoder
 from converter.calibrate import calibrate_block
 from converter.compare import card, evaluation
-from converter.containers.gguf.imatrix import Sums, write_imatrix
+from converter.containers.gguf.imatrix import Sums, open_imatrix, write_imatrix
 from converter.containers.tables import CONTAINERS
 from converter.errors import HubmillError, SourceError
-from converter.manifest import Calibration, Evaluation, Target
-from converter.methods import Block, Options
-from converter.methods.tables import NEEDS, ROUNDERS, TRANSFORMS
+from converter.hub_publish import HuggingFaceHub
+from converter.manifest import Target
 from converter.publish import FolderHub, Hub
-from converter.stats import TapStats, pack, unpack
-from jobs.store import Report, Store, file_sha256, place, place_file
+from converter.stats import pack
+from jobs.attempt import Attempt, here, read
+from jobs.quantize import part_file, quantize
+from jobs.store import Store, file_sha256, place, place_file
 from jobs.task import Kind, Task
+from jobs.texts import text_rows
 from jobs.work import Model, Work
 
 
@@ -45,19 +47,6 @@ class Outcome:
     peak_bytes: int
     error: str = ""
     note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """What a step works with: its task, the run's store, a folder for its files, a record for what it found out."""
-
-    task: Task
-    work: Work
-    store: Store
-    folder: Path
-    record: dict[str, Any]
-    threads: int
-    report: Report
 
 
 def run(task: Task, store: Store, threads: int) -> Outcome:
@@ -104,7 +93,7 @@ def fetch(attempt: Attempt) -> None:
 def calibrate(attempt: Attempt) -> None:
     """Run one original block over the calibration rows: the rows for the next block, and the statistics of its taps."""
     task, work = attempt.task, attempt.work
-    model = _here(attempt)
+    model = here(attempt)
     assert task.block is not None and model.architecture is not None
     decoder = _decoder(attempt, model)
     if task.block == 0:
@@ -125,9 +114,7 @@ def calibrate(attempt: Attempt) -> None:
     if task.block + 1 < model.blocks:
         tensor_file.save(attempt.folder / "hidden.safetensors", {"hidden": result.hidden})
     tensor_file.save(attempt.folder / "stats.safetensors", pack(result.stats))
-    sums: dict[
-        str, Tensor
-    ] = {}  # of this block and every one before it: what an imatrix holds, a few kilobytes a block
+    sums: dict[str, Tensor] = {}  # of this block and every one before it: what an imatrix holds, 8 bytes a column
     if task.block > 0:
         sums |= tensor_file.load(attempt.store.output(work.calibrated) / "sums.safetensors")
     for tap, stats in result.stats.items():
@@ -141,74 +128,33 @@ def imatrix(attempt: Attempt) -> None:
     work, store, architecture = attempt.work, attempt.store, attempt.work.model.architecture
     assert work.artifact is not None and architecture is not None
     sums = tensor_file.load(store.output(work.calibrated) / "sums.safetensors")
-    entries: dict[str, Sums] = {}
+    seen: dict[str, list[str]] = {}  # what the matrices of each tensor of the file read, in their order
     for tensor in work.artifact.tensors:
         tap = architecture.tap_of(tensor.source)
         if tap and tensor.block is not None:
-            name = architecture.prefix(tensor.block) + tap.name
-            entries[tensor.name] = Sums(sum_squares=sums[name], count=int(sums[f"{name}/rows"]))
+            seen.setdefault(tensor.stack or tensor.name, []).append(architecture.prefix(tensor.block) + tap.name)
+    nothing = torch.zeros(1, dtype=torch.int64)  # an expert that no row reached: a count of 0 is neutral to readers
+    entries = {
+        name: Sums(
+            sum_squares=torch.stack([sums.get(tap, torch.zeros_like(sums[lit[0]])) for tap in taps]),
+            counts=torch.cat([sums.get(f"{tap}/rows", nothing) for tap in taps]),
+        )
+        for name, taps in seen.items()
+        if (lit := [tap for tap in taps if tap in sums])
+    }
     text = work.texts.calibration
     path = attempt.folder / "imatrix.gguf"
     write_imatrix(path, entries, [text.text.rpartition("/")[2]], text.sequences, text.length)
+    open_imatrix(path)
     attempt.record["files"] = list_files(attempt.folder)
     place_file(path, store.run / work.model.name / "imatrix.gguf")
-
-
-def quantize(attempt: Attempt) -> None:
-    """Round the tensors of one block, or, outside the blocks, one tensor after the other."""
-    work = attempt.work
-    assert work.target is not None
-    model = _here(attempt)
-    names = [tensor.name for tensor in work.tensors]
-    groups = [names] if attempt.task.block is not None else [[name] for name in names]
-    stats: dict[str, TapStats] = {}
-    if work.calibrated:
-        gram = any(NEEDS[method](work.target.imatrix).gram for method in work.target.methods)
-        stats = unpack(tensor_file.load(attempt.store.output(work.calibrated) / "stats.safetensors"), gram)
-    notes: dict[str, str] = {}
-    for done, group in enumerate(groups):
-        notes.update(_quantize_group(attempt, model, group, stats))
-        attempt.report((done + 1) / len(groups))
-    attempt.record["notes"] = notes
-
-
-def _quantize_group(
-    attempt: Attempt, model: Model, names: list[str], stats: Mapping[str, TapStats]
-) -> Mapping[str, str]:
-    """Round these tensors together and write the parts of each to a file of its own."""
-    work, target = attempt.work, attempt.work.target
-    assert target is not None
-    planned = {tensor.name: tensor for tensor in work.tensors}
-    block, architecture = attempt.task.block, model.architecture
-    prefix = architecture.prefix(block) if architecture and block is not None else ""
-    local = {planned[name].source.removeprefix(prefix): planned[name] for name in names}
-    state = Block(
-        where=f"{attempt.task.subject} block {block}" if block is not None else f"{attempt.task.subject} {names[0]}",
-        tensors={name: _read(model, tensor.source) for name, tensor in local.items()},
-        stats=stats,
-        taps=architecture.taps if architecture and block is not None else (),
-        foldings=architecture.foldings if architecture and block is not None else (),
-    )
-    options = Options(importance=target.imatrix, smoothing_strength=target.smoothing_strength, damping=target.damping)
-    for method in target.methods[:-1]:
-        state = TRANSFORMS[method](state, options)
-    rounded = ROUNDERS[target.methods[-1]](state, {name: tensor.grid for name, tensor in local.items()}, options)
-    for name, tensor in local.items():
-        path = attempt.folder / part_file(tuple(planned), tensor.name)
-        tensor_file.save(path, {key: value.contiguous() for key, value in rounded.coded[name].parts.items()})
-    return {local[name].source: note for name, note in rounded.notes.items() if name in local}
-
-
-def part_file(names: tuple[str, ...], name: str) -> str:
-    """The file of a tensor's parts inside a quantize task's output: by number, since names may be long or odd."""
-    return f"{names.index(name):05d}.safetensors"
 
 
 def assemble(attempt: Attempt) -> None:
     """Stream the parts of every block into the container's files, then open what was written."""
     work = attempt.work
     assert work.target is not None and work.artifact is not None and work.parts is not None
-    model = _here(attempt)
+    model = here(attempt)
     homes = {name: (key, names) for key, names in work.parts.items() for name in names}
     total = len(work.artifact.tensors)
     asked = 0
@@ -251,7 +197,7 @@ def changed_ns(folder: Path) -> dict[str, int]:
 
 def reference(attempt: Attempt) -> None:
     """Run the original over the held-out rows and keep its hidden states, block by block."""
-    model = _here(attempt)
+    model = here(attempt)
     attempt.record["source"] = evaluation.reference(
         _decoder(attempt, model),
         text_rows(attempt.work.texts.evaluation, model.snapshot.folder, model.name, attempt.store.downloads),
@@ -263,7 +209,7 @@ def reference(attempt: Attempt) -> None:
 
 def evaluate(attempt: Attempt) -> None:
     """Read the written artifact back and measure it beside the original."""
-    model, work = _here(attempt), attempt.work
+    model, work = here(attempt), attempt.work
     assert work.target is not None and work.artifact is not None
     opened = CONTAINERS[work.target.format].open(attempt.store.output(work.assembled), model.architecture)
     known = model.architecture is not None
@@ -325,7 +271,7 @@ def open_hub(name: str, private: bool) -> Hub:
     """The hub that a manifest calls folder:/path or hf; the latter takes endpoint and token from the environment."""
     if name.startswith("folder:"):
         return FolderHub(root=Path(name.removeprefix("folder:")))
-    return hub.HuggingFaceHub(private=private)
+    return HuggingFaceHub(private=private)
 
 
 def repo_kind(target: Target) -> Literal["model", "dataset"]:
@@ -375,17 +321,6 @@ def row_of(store: Store, work: Work) -> dict[str, Any]:
     }
 
 
-def _read(model: Model, name: str) -> Tensor:
-    return model.snapshot.read(name).to(torch.float32)
-
-
-def _here(attempt: Attempt) -> Model:
-    """The model with its weights where the fetch task put them."""
-    model = attempt.work.model
-    folder = Path(attempt.store.record(attempt.work.fetched)["folder"])
-    return replace(model, snapshot=replace(model.snapshot, folder=folder))
-
-
 def _decoder(attempt: Attempt, model: Model) -> Decoder:
     assert model.architecture is not None
     return Decoder(
@@ -398,37 +333,12 @@ def _decoder(attempt: Attempt, model: Model) -> Decoder:
     )
 
 
-def text_rows(settings: Calibration | Evaluation, folder: Path, name: str, cache: Path) -> Tensor:
-    """The token rows [N, T] i64 of a manifest's text for the model in `folder`.
-
-    cache receives the files of a data set on a hub. Raises SourceError when the text cannot be read or is too short.
-    """
-    split: Literal["calibration", "evaluation"] = "calibration" if isinstance(settings, Calibration) else "evaluation"
-    loaded = tokenizer(folder, f"model '{name}'")
-    if settings.text.startswith("hub:"):
-        wanted = settings.sequences * (settings.length - len(loaded.prefix))
-        documents = dataset.documents(
-            settings.text, split, cache, loaded.chat, lambda text: len(loaded.encode(f"{text}\n\n")), wanted
-        )
-    else:
-        documents = calibration.documents(settings.text, Path(), split, loaded.chat)
-    return calibration.token_rows(
-        documents,
-        loaded.encode,
-        settings.sequences,
-        settings.length,
-        settings.seed if isinstance(settings, Calibration) else 0,
-        f"{split} text of model '{name}'",
-        loaded.prefix,
-    )
-
-
 def _original(attempt: Attempt, model: Model) -> evaluation.Original:
     key = attempt.work.referenced
     return evaluation.Original(
         architecture=model.architecture,
         names=tuple(model.snapshot.tensors),
-        read=partial(_read, model),
+        read=partial(read, model),
         hidden_folder=attempt.store.output(key) if key else None,
     )
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from converter.architecture import Architecture, block_count
 from converter.containers import ArtifactPlan, TensorPlan
 from converter.manifest import Calibration, Evaluation, Target
-from converter.source import Snapshot
+from converter.source import Header, Snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model of the manifest, opened: where its files are and what family it is (None: a plain state dict).
+    """A model of the manifest, opened: where its files are and what family it is (None: a plain state dict, or GGUF).
 
     computed: tensors of the checkpoint that the snapshot leaves out, because whoever runs the model computes them.
     """
@@ -25,7 +26,19 @@ class Model:
 
     @property
     def blocks(self) -> int:
-        return block_count(self.snapshot.config) if self.architecture else 0
+        return block_count(self.snapshot.config) if self.architecture or self.snapshot.gguf else 0
+
+    @cached_property
+    def headers(self) -> Mapping[int | None, tuple[Header, ...]]:
+        """The tensors of the checkpoint by block, None for those outside; empty where no family is known.
+
+        Kept: a plan asks for every block, and a mixture of experts has 18 000 tensors in 48 blocks.
+        """
+        found: dict[int | None, list[Header]] = {}
+        if self.architecture is not None:
+            for header in self.snapshot.tensors.values():
+                found.setdefault(self.architecture.block_of(header.name), []).append(header)
+        return {block: tuple(headers) for block, headers in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +83,7 @@ class Work:
     artifact: ArtifactPlan | None = None
     tensors: tuple[TensorPlan, ...] = ()
     gram_taps: tuple[str, ...] = ()
+    imatrix_sha256: str = ""  # of the file that the target names, as it was planned with
     calibrated: str = ""  # the key of the calibrate task that this step reads
     parts: Mapping[str, tuple[str, ...]] | None = None  # quantize key -> names of the tensors it holds
     assembled: str = ""

@@ -159,9 +159,9 @@ REFUSED: Mapping[str, tuple[Damage, str]] = {
         pickle_weights,
         r"weights are pickled \(pytorch_model\.bin\).*Convert it once, in a sandbox",
     ),
-    "GGUF weights": (
+    "GGUF weights that are none": (
         lambda folder: (folder / "model.safetensors").rename(folder / "model.gguf"),
-        r"GGUF only.*Take the original model",
+        r"model\.gguf: this is not a GGUF file.*fetch it again",
     ),
     "empty folder": (empty, r"there is no \.safetensors file.*Check that this is a model"),
     "weights without a tensor": (lambda folder: save_file({}, folder / "model.safetensors"), r"hold no tensor.*Check"),

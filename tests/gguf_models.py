@@ -15,16 +15,21 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from converter.architecture import Architecture, find
 from converter.containers import ArtifactPlan
 from converter.containers.gguf import GGUF
 from converter.containers.gguf.pretokenizer import QWEN2
+from converter.experts import separate
 from converter.manifest import Target
 from converter.source import Snapshot, open_folder
 
@@ -60,6 +65,10 @@ FAMILIES: dict[str, type[PretrainedConfig]] = {
     "qwen3": Qwen3Config,
     "gemma2": Gemma2Config,
     "gemma3": Gemma3TextConfig,
+    "mixtral": MixtralConfig,
+    "qwen2_moe": Qwen2MoeConfig,
+    "qwen3_moe": Qwen3MoeConfig,
+    "olmoe": OlmoeConfig,
 }
 # Windows shorter than the prompt, caps that the values reach, and so many layers that each kind of them occurs.
 GEMMA: dict[str, Any] = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 48}
@@ -67,6 +76,7 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+EXPERTS: dict[str, Any] = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 EXTRAS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "rope_parameters": LLAMA3_ROPE},
     "qwen2": {"tie_word_embeddings": True},
@@ -74,6 +84,10 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 64},
     "gemma2": GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0},
     "gemma3": GEMMA | {"num_hidden_layers": 7, "rope_parameters": GEMMA3_ROPE},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 256, "norm_topk_prob": False},
+    "qwen3_moe": EXPERTS | {"head_dim": 64, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 5, "num_experts_per_tok": 2, "num_key_value_heads": 8},
 }
 
 
@@ -157,7 +171,8 @@ def save_model(
 
 def load(folder: Path) -> tuple[Snapshot, Architecture]:
     snapshot = open_folder(folder, "the test's model")
-    return snapshot, find(snapshot.config, "the test's model")
+    architecture = find(snapshot.config, "the test's model")
+    return separate(snapshot, architecture), architecture
 
 
 def target(type: str, **more: Any) -> Target:

@@ -43,7 +43,10 @@ class Llama:
 
     def next_logprobs(self, ids: Sequence[int], count: int = 20) -> dict[int, float]:
         """Log-probabilities of the `count` likeliest next tokens after `ids`, by token id."""
-        request = {"prompt": list(ids), "n_predict": 1, "n_probs": count, "cache_prompt": False, "temperature": 0.0}
+        request: dict[str, Any] = {"prompt": list(ids), "n_predict": 1, "n_probs": count, "temperature": 0.0}
+        # Probabilities come from raw logits; what is said is a letter, because after a token that ends the text or a
+        # piece of a character the answer would hold none.
+        request |= {"cache_prompt": False, "logit_bias": [[self.tokenize("a", special=False)[-1], 1e6]]}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()

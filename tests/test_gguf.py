@@ -21,12 +21,13 @@ from tokenizers import Tokenizer
 import gguf_models as tiny
 from converter.containers.gguf import GGUF, header
 from converter.containers.gguf.imatrix import Sums, write_imatrix
-from converter.containers.gguf.mixture import MIXTURES, Place, fit, type_in_block
 from converter.containers.gguf.tensors import apply_operation, undo_operation
 from converter.errors import SourceError, UnsupportedError
 from converter.manifest import Rule
 from converter.schemes import GGUF_TYPES
 
+# File types with tensors that are no use without importance, which these tests mostly do without.
+DEMANDING = ("Q2_K_S", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS")
 GOLDEN_HEAD = "5ca6023fec4e81e52b98aae3539613e3799e88295401342ebcafe6390aaab0ad"
 
 
@@ -52,71 +53,6 @@ def copy(llama: Path, tmp_path: Path) -> Path:
 
 def plan(folder: Path, type: str = "Q8_0", **more: Any) -> Any:
     return GGUF.plan(*tiny.load(folder), tiny.target(type, **more))
-
-
-def place(layer: int, layers: int = 32, **more: Any) -> Place:
-    return Place(**({"heads": 32, "kv_heads": 8} | more), layer=layer, layers=layers)
-
-
-# --- mixture -------------------------------------------------------------------------------------------------------
-
-
-def test_every_type_the_manifest_offers_has_a_mixture() -> None:
-    assert tuple(MIXTURES) == GGUF_TYPES
-    numbers = {name: int(gguf.LlamaFileType[f"{'ALL_' if name == 'F32' else 'MOSTLY_'}{name}"]) for name in MIXTURES}
-    assert {name: mixture.number for name, mixture in MIXTURES.items()} == numbers
-
-
-def test_q4_k_m_gives_six_bits_to_the_layers_that_llama_quantize_does() -> None:
-    # 32 layers: the first 4 (32/8), the last 4 (from 7*32/8 = 28), and (i - 4) % 3 == 2 between.
-    six = {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}
-    for name in ("attn_v", "ffn_down"):
-        types = [type_in_block(MIXTURES["Q4_K_M"], f"blk.{i}.{name}.weight", place(i)) for i in range(32)]
-        assert {i for i, type in enumerate(types) if type == "Q6_K"} == six
-        assert {type for i, type in enumerate(types) if i not in six} == {"Q4_K"}
-    for name in ("attn_q", "attn_k", "attn_output", "ffn_up", "ffn_gate"):
-        assert {type_in_block(MIXTURES["Q4_K_M"], f"blk.{i}.{name}.weight", place(i)) for i in range(32)} == {"Q4_K"}
-
-
-def test_q4_k_m_of_few_layers_has_no_first_eighth() -> None:
-    # 4 layers: 4/8 = 0 first ones, from 28/8 = 3 the last, and i % 3 == 2.
-    types = [type_in_block(MIXTURES["Q4_K_M"], f"blk.{i}.attn_v.weight", place(i, 4)) for i in range(4)]
-    assert types == ["Q4_K", "Q4_K", "Q6_K", "Q6_K"]
-
-
-def test_the_value_projection_of_a_70b_llama_gets_five_bits_where_it_would_get_four() -> None:
-    large = [type_in_block(MIXTURES["Q4_K_M"], f"blk.{i}.attn_v.weight", place(i, 80)) for i in range(80)]
-    assert set(large) == {"Q5_K", "Q6_K"}
-    ungrouped = place(11, 80, kv_heads=32)  # 65B, which has as many key heads as query heads
-    assert type_in_block(MIXTURES["Q4_K_M"], "blk.11.attn_v.weight", ungrouped) == "Q4_K"
-
-
-def test_q4_0_gives_early_down_projections_a_minimum_only_with_an_imatrix() -> None:
-    def types(imatrix: bool) -> list[str]:
-        places = [place(i, 16, imatrix=imatrix) for i in range(16)]
-        return [type_in_block(MIXTURES["Q4_0"], f"blk.{p.layer}.ffn_down.weight", p) for p in places]
-
-    assert types(False) == ["Q4_0"] * 16
-    assert types(True) == ["Q4_1"] * 2 + ["Q4_0"] * 14
-
-
-@pytest.mark.parametrize(
-    ("type", "columns", "stored"),
-    [
-        ("Q4_K", 512, "Q4_K"),
-        ("Q4_K", 896, "Q5_0"),
-        ("Q6_K", 896, "Q8_0"),
-        ("Q5_K", 32, "Q5_1"),
-        ("Q4_K", 40, "F16"),
-        ("Q8_0", 40, "F16"),
-        ("F16", 7, "F16"),
-    ],
-)
-def test_rows_that_blocks_do_not_fill_fall_back_and_say_so(type: str, columns: int, stored: str) -> None:
-    found, why = fit(type, columns)
-    assert found == stored
-    assert (why == "") == (stored == type)
-    assert stored == type or (str(columns) in why and type in why and stored in why)
 
 
 # --- plan ----------------------------------------------------------------------------------------------------------
@@ -148,6 +84,34 @@ def test_rules_win_over_the_mixture_and_the_shape_over_rules(tokenizer: Tokenize
     assert tensors["blk.0.ffn_up.weight"].grid.name == "Q4_K" and tensors["blk.0.ffn_up.weight"].fallback == ""
 
 
+@pytest.mark.parametrize("type", DEMANDING)
+def test_the_plan_refuses_types_that_need_importance_and_says_where_to_get_it(llama: Path, type: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"blk\.\d\.\w+\.weight.*which needs importance.*imatrix: true"):
+        plan(llama, type)
+    assert plan(llama, type, imatrix=True).tensors
+
+
+def test_a_fallback_is_refused_in_the_plan_where_asked(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tiny.save_model(tmp_path, "llama", middle=352)
+    tiny.save_tokenizer(tokenizer, tmp_path)
+    with pytest.raises(UnsupportedError, match=r"matrices do not fit: blk\.0\.ffn_down\.weight \(rows of 352"):
+        plan(tmp_path, "Q4_K_M", fallback="refuse")
+
+
+def test_rules_may_speak_of_the_names_in_the_file(llama: Path) -> None:
+    rules = (Rule(pattern=r"^blk\.\d+\.ffn_up", type="F16"),)
+    tensors = {tensor.name: tensor.grid.name for tensor in plan(llama, "Q4_0", rules=rules).tensors}
+    assert {name for name, type in tensors.items() if type == "F16"} == {name for name in tensors if "ffn_up" in name}
+
+
+def test_the_search_reaches_the_grids_of_what_is_quantized(llama: Path) -> None:
+    grids = {tensor.grid.search for tensor in plan(llama, search="thorough").tensors if tensor.quantized}
+    assert grids == {"thorough"}
+    assert {t.grid for t in plan(llama).tensors if not t.quantized} == {
+        t.grid for t in plan(llama, search="thorough").tensors if not t.quantized
+    }
+
+
 def test_planning_reads_no_weight(copy: Path) -> None:
     before = plan(copy)
     weights = copy / "model.safetensors"
@@ -160,7 +124,7 @@ def test_planning_reads_no_weight(copy: Path) -> None:
 # --- file ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("type", GGUF_TYPES)
+@pytest.mark.parametrize("type", [type for type in GGUF_TYPES if type not in DEMANDING])
 def test_the_file_has_the_planned_size_and_opens_to_what_was_stored(llama: Path, type: str, tmp_path: Path) -> None:
     wanted = tiny.target(type)
     planned = tiny.write(llama, wanted, tmp_path)
@@ -254,7 +218,9 @@ def test_the_head_is_the_same_bytes_every_time_and_on_every_machine() -> None:
 def test_an_imatrix_file_holds_sums_and_counts_for_each_weight(tmp_path: Path) -> None:
     path = tmp_path / "imatrix.gguf"
     squares = torch.arange(64, dtype=torch.float64)
-    write_imatrix(path, {"blk.0.attn_q.weight": Sums(sum_squares=squares, count=512)}, ["builtin"], 4, 128)
+    write_imatrix(
+        path, {"blk.0.attn_q.weight": Sums(sum_squares=squares[None], counts=torch.tensor([512]))}, ["builtin"], 4, 128
+    )
     reader = gguf.GGUFReader(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert tensors["blk.0.attn_q.weight.in_sum2"].data.reshape(-1).tolist() == squares.tolist()

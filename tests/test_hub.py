@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import save
 
 from converter.errors import PublishError, SourceError
-from converter.hub import FolderHub, Hub, HuggingFaceHub, fetch, resolve
+from converter.hub import fetch, resolve
+from converter.hub_publish import HuggingFaceHub
+from converter.publish import FolderHub, Hub
 from hub_server import READER, WRITER, HubServer, artifact, contents, hub_server
 
 __all__ = ["hub_server"]  # a fixture

@@ -18,7 +18,7 @@ models:
   - source: hub:org/name@0123456
     overrides: {int8: {group_size: 64, rules: {lm_head: BF16}}}
 targets:
-  q8-0: {format: gguf, type: Q8_0}
+  q8-0: {format: gguf, type: Q8_0, imatrix: text.txt, metadata: {general.name: A}}
   int8: {format: parquet, scheme: INT8, rules: {embed: F16, lm_head: F32}}
 calibration: {text: file:text.txt}
 """
@@ -49,6 +49,8 @@ def test_the_lock_is_deterministic_and_reads_back(folder: Path) -> None:
     assert rows["name/int8"]["size_bytes"] == 12
     assert (rows["name/int8"]["group_size"], rows["name/int8"]["granularity"]) == (64, "group")
     assert rows["name/int8"]["rules"] == {"lm_head": "BF16", "embed": "F16"}
+    assert (rows["name/q8-0"]["imatrix"], rows["name/q8-0"]["metadata"]) == ("file:text.txt", {"general.name": "A"})
+    assert rows["name/q8-0"]["search"] == "ggml" and "search" not in rows["name/int8"]
     assert "group_size" not in rows["name/q8-0"] and "damping" not in rows["name/int8"]
 
 

@@ -187,6 +187,35 @@ def test_every_entry_of_the_tables_is_accepted_by_loader_and_schema(folder: Path
         assert (target.type or target.scheme, target.methods) == (store, tuple(methods))
 
 
+def test_the_keys_of_gguf_targets_are_read(folder: Path) -> None:
+    keys = (
+        "search: thorough, imatrix: text.txt, output_type: Q6_K, embedding_type: IQ4_NL, pure: true, fallback: refuse"
+    )
+    more = "requantize: true, split_size: 500M, metadata: {general.name: A b, a.n: -3, a.x: 0.5, a.on: true, a.s: '1'}"
+    target = read(folder, changed("type: Q8_0", f"type: Q4_K, {keys}, {more}")).targets["q8-0"]
+    assert (target.search, target.output_type, target.embedding_type) == ("thorough", "Q6_K", "IQ4_NL")
+    assert (target.pure, target.fallback, target.requantize, target.split_bytes) == (True, "refuse", True, 500_000_000)
+    assert target.imatrix_file == folder / "text.txt"
+    assert target.weighs_columns and not target.collects_imatrix
+    values = {"general.name": "A b", "a.n": -3, "a.x": 0.5, "a.on": True, "a.s": "1"}
+    assert {key: (value, type(value)) for key, value in target.metadata.items()} == {
+        key: (value, type(value)) for key, value in values.items()
+    }
+
+
+def test_gguf_targets_are_plain_unless_told_otherwise(folder: Path) -> None:
+    target = read(folder, GOOD).targets["q8-0"]
+    assert (target.search, target.fallback, target.imatrix) == ("ggml", "allow", False)
+    assert not target.pure and not target.requantize and not target.metadata
+    assert (target.output_type, target.embedding_type, target.split_tensors, target.split_bytes) == (None,) * 4
+
+
+def test_a_rule_may_speak_of_either_name_of_a_tensor() -> None:
+    target = Target(name="t", format="gguf", type="Q4_0", rules=({"pattern": "ffn_down", "type": "Q8_0"},))
+    assert target.rule_for("model.layers.0.mlp.down_proj.weight", "blk.0.ffn_down.weight") == target.rules[0]
+    assert target.rule_for("model.layers.0.mlp.down_proj.weight") is None
+
+
 # What is refused, where, and with which way out.
 
 # (what to replace, with what, what the problem contains)
@@ -201,14 +230,32 @@ CASES = [
     ("format: gguf,", "format: GGUF,", "8:18: target 'q8-0': format 'GGUF' is not known. Did you mean 'gguf'?"),
     ("type: Q8_0", "type: q8_0", "8:30: target 'q8-0': gguf cannot store type 'q8_0'; it stores F32, F16, BF16, Q8_0"),
     ("type: Q8_0", "type: q4_k_m", "Did you mean 'Q4_K_M'?"),
-    ("type: Q8_0", "type: INT8", "; it stores F32, F16, BF16, Q8_0, Q4_0, Q4_K_M. Choose one, or format: parquet."),
+    ("type: Q8_0", "type: INT8", "MXFP4, NVFP4, Q3_K, Q4_K, Q5_K. Choose one, or format: parquet."),
     ("type: Q8_0, ", "", "8:3: target 'q8-0': gguf needs type. Add type with one of: F32, "),
     ("scheme: INT8", "type: INT8", "9:33: target 'int8': parquet takes scheme, not type. Write scheme: INT8."),
     ("scheme: INT8", "type: Q4_K_M", "9:33: target 'int8': parquet cannot store type 'Q4_K_M'; it stores INT8, INT4, "),
     ("scheme: INT8", "scheme: INT8, type: Q8_0", "9:47: target 'int8': parquet takes scheme, and type is given too. "),
     ("type: Q8_0", "type: Q8_0, group_size: 32", "8:48: target 'q8-0': group_size has no effect with gguf"),
-    ("type: Q8_0", "type: Q8_0, method: gptq", "8:44: target 'q8-0': method 'gptq' does not work with gguf. Use rtn,"),
+    ("type: Q8_0", "type: Q8_0, method: [smoothquant, rtn]", "8:45: target 'q8-0': method 'smoothquant' does not work"),
     ("type: Q8_0", "type: Q8_0, imatrix: yes", "8:45: target 'q8-0': imatrix 'yes' is not true or false. Write true"),
+    ("type: Q8_0", "type: Q8_0, imatrix: nothing.gguf", "8:45: target 'q8-0': there is no file '"),
+    ("scheme: INT8", "scheme: INT8, imatrix: text.txt", "9:50: target 'int8': an imatrix file names tensors as GGUF d"),
+    ("scheme: INT8", "scheme: INT8, search: thorough", "9:49: target 'int8': search is for gguf, and has no effect w"),
+    ("scheme: INT8", "scheme: INT8, split_size: 2G", "target 'int8': split_size is for gguf, and has no effect with "),
+    ("type: Q8_0", "type: Q8_0, search: through", "8:44: target 'q8-0': search 'through' is not known. Did you mea"),
+    ("type: Q8_0", "type: Q8_0, output_type: q6_k", "output_type 'q6_k' is not known. Did you mean 'Q6_K'?"),
+    ("type: Q8_0", "type: Q8_0, embedding_type: Q4_K_M", "embedding_type 'Q4_K_M' is not known. Did you mean 'Q4_K'?"),
+    ("type: Q8_0", "type: F16, pure: true", "8:41: target 'q8-0': pure has no effect with type F16, which is no mix"),
+    ("type: Q8_0", "type: Q8_0, fallback: refused", "fallback 'refused' is not known. Did you mean 'refuse'?"),
+    ("type: Q8_0", "type: Q8_0, split_tensors: 0", "split_tensors '0' should be greater than or equal to 1"),
+    ("type: Q8_0", "type: Q8_0, split_size: 2GB", "split_size '2GB' is not a size. Write a whole number and K, M or"),
+    ("type: Q8_0", "type: Q8_0, split_size: 0G", "8:48: target 'q8-0': split_size '0G' is not a size. "),
+    ("type: Q8_0", "type: Q8_0, split_size: 2G, split_tensors: 4", "split_size and split_tensors are both given. Remo"),
+    ("type: Q8_0", "type: Q8_0, metadata: {General.Name: x}", "metadata General.Name is not a metadata key. "),
+    ("type: Q8_0", "type: Q8_0, metadata: {general.alignment: 64}", "metadata general.alignment is written from what"),
+    ("type: Q8_0", "type: Q8_0, metadata: {a.b: yes}", "8:52: target 'q8-0': metadata a.b 'yes' can be read in two wa"),
+    ("type: Q8_0", "type: Q8_0, metadata: {a.b: [1]}", "8:52: target 'q8-0': metadata a.b takes one value, not a list"),
+    ("type: Q8_0", "type: Q8_0, metadata: all", "8:46: target 'q8-0': metadata "),
     ("type: Q8_0", "type: Q8_0, bits_per_weight: 4.5", "8:36: target 'q8-0': the search that bits_per_weight asks for"),
     ("type: Q8_0", "type: Q8_0, propagate: quantized", "8:47: target 'q8-0': propagate 'quantized' does not work yet"),
     ("output: F16", "output: Q4_K_M", "Q4_K_M is a mixture for whole files"),

@@ -20,8 +20,8 @@ from converter.manifest import load
 from hub_server import WRITER, HubServer, hub_server
 from jobs.planner import Work
 from jobs.prepare import prepare
-from jobs.steps import text_rows
 from jobs.store import Store
+from jobs.texts import text_rows
 from small_run import ROOT, TARGETS, write_model
 
 __all__ = ["hub_server"]  # a fixture

@@ -20,16 +20,15 @@ from safetensors.torch import save_file
 
 from converter.errors import NumericsError, SourceError, UnsupportedError
 from converter.source import (
-    DTYPES,
     INDEX,
     Snapshot,
     header_length,
-    multiply_scale,
     open_folder,
     parse_header,
     tied,
     travels,
 )
+from converter.values import DTYPES, multiply_scale
 
 WEIGHTS = {"b.weight": torch.arange(12.0).reshape(3, 4).bfloat16(), "a.bias": torch.tensor([1.0, 2.0])}
 
@@ -175,7 +174,7 @@ def test_value_that_is_not_finite_is_named_counted_and_located(tmp_path: Path, d
 
 
 def test_infinity_is_found_beyond_the_first_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("converter.source.CHUNK", 10)
+    monkeypatch.setattr("converter.values.CHUNK", 10)
     weight = torch.ones(6, 7)
     weight[4, 0] = -float("inf")
     save_file({"w": weight}, tmp_path / "model.safetensors")
@@ -356,7 +355,7 @@ def test_file_name_of_a_stranger_does_not_enter_the_command(tmp_path: Path) -> N
         ({"weights.pth": b"x"}, SourceError, "pickled"),
         ({"model.ckpt": b"x"}, SourceError, "pickled"),
         ({"sub/model.pt": b"x"}, SourceError, "pickled"),
-        ({"m.gguf": b"GGUF"}, SourceError, "GGUF only"),
+        ({"m.gguf": b"GGUF"}, SourceError, "not a GGUF file"),
         ({"config.json": b"{}"}, SourceError, "no .safetensors file"),
         ({}, SourceError, "no .safetensors file"),
         ({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}, UnsupportedError, "an adapter"),

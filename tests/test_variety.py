@@ -23,6 +23,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -30,7 +31,7 @@ from transformers import (
 
 from converter import manifest as manifests
 from jobs.convert import Result, Run, convert
-from jobs.steps import text_rows
+from jobs.texts import text_rows
 from small_run import TARGETS, TOKENIZER, write_manifest
 
 SHAPE: Mapping[str, Any] = {
@@ -121,7 +122,7 @@ def check_figures(rows: Mapping[str, Mapping[str, Any]]) -> None:
     divergence = {name: row["output"]["kl_mean"] for name, row in rows.items()}
     assert min(cosine[name] for name in cosine if "8" in name) > 0.9999
     assert cosine["w4a16"] > 0.995 and cosine["int2"] > 0.93
-    assert max(divergence["int8"], divergence["w8a8"]) < divergence["w4a16"] < divergence["int2"]
+    assert max(divergence["int8"], divergence.get("w8a8", 0)) < divergence["w4a16"] < divergence["int2"]
     assert divergence["int8"] < 2e-3
     if "q8-0" in rows:
         assert divergence["q8-0"] < 2e-3 and divergence["q8-0"] <= divergence["q4-k-m"] < divergence["int2"]
@@ -162,6 +163,7 @@ CONFIGS: Mapping[str, PretrainedConfig] = {
     "qwen3-one-block": Qwen3Config(**SHAPE | {"num_hidden_layers": 1}, head_dim=32, tie_word_embeddings=True),
     "gemma2": Gemma2Config(**SHAPE, **GEMMA),
     "gemma3": Gemma3TextConfig(**SHAPE, **GEMMA),
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2),
 }
 QUICK = ("llama-biases", "llama-odd-rows", "gemma3")
 
@@ -171,7 +173,9 @@ QUICK = ("llama-biases", "llama-odd-rows", "gemma3")
 )
 def test_a_model_of_any_family_and_shape_is_converted_and_read_alike(name: str, tmp_path: Path) -> None:
     write(tmp_path / "model", CONFIGS[name])
-    check_run(tmp_path, WITHOUT_GGUF if "gemma" in name or "odd" in name else TARGETS)
+    targets = WITHOUT_GGUF if "gemma" in name or "odd" in name else TARGETS
+    # transformers 5.23 fuses experts on load, which its converter does with decoded weights, not with int8 ones.
+    check_run(tmp_path, {target: text for target, text in targets.items() if (name, target) != ("mixtral", "w8a8")})
 
 
 @pytest.mark.slow
@@ -197,6 +201,37 @@ def test_a_head_that_is_stored_is_used_even_where_config_ties_it(tmp_path: Path)
     head = torch.randn(4096, 64, generator=torch.Generator().manual_seed(7)).bfloat16() * 0.1
     change(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
     check_run(tmp_path)
+
+
+def test_experts_are_converted_one_by_one_also_those_that_no_token_reaches(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", CONFIGS["mixtral"])
+
+    def never_ask(tensors: dict[str, Tensor]) -> None:
+        # A router that sees zeros finds all experts alike and takes the same two for every token.
+        tensors["model.layers.0.post_attention_layernorm.weight"].zero_()
+
+    change(folder, never_ask)
+    targets = {name: TARGETS[name] for name in ("q8-0", "q4-k-m", "w4a16", "w8a8", "int8", "int2")}
+    check_run(tmp_path, targets | {"mxfp4": "{format: gguf, type: MXFP4_MOE}"}, by_transformers=False)
+
+
+@pytest.mark.slow
+def test_types_that_need_importance_are_made_of_experts_that_no_token_reaches(tmp_path: Path) -> None:
+    shape = SHAPE | {"hidden_size": 256, "intermediate_size": 256}
+    folder = write(tmp_path / "model", MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=1))
+
+    def average(tensors: dict[str, Tensor]) -> None:
+        # A router's row that is the mean of the others is never the largest.
+        router = tensors["model.layers.0.block_sparse_moe.gate.weight"]
+        router[3] = router[:3].float().mean(0).to(router.dtype)
+
+    change(folder, average)
+    method = {"rtn": "", "gptq": ", method: gptq"}
+    targets = {name: f"{{format: gguf, type: IQ2_XXS, imatrix: true{more}}}" for name, more in method.items()}
+    notes = {row["target"]: row["notes"] for row in run(tmp_path, targets).rows}
+    name = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
+    assert notes["rtn"][name] == "no calibration row reached it: all its columns weigh alike"
+    assert notes["gptq"][name] == "no Gram matrix: rounded to nearest"
 
 
 def to_fp8(tensors: dict[str, Tensor], rows: int, columns: int, ending: str) -> None:

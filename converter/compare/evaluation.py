@@ -86,10 +86,13 @@ def measure(
 ) -> dict[str, Any]:
     """Every figure of one artifact: `tensors`, `blocks`, `weight`, `output` (empty without a decoder), `parameters`."""
     inside = original.architecture.block_of if original.architecture else (lambda name: None)
-    outer_rows = [
-        _tensor_row(name, None, original.read(name), opened) for name in original.names if inside(name) is None
-    ]
-    tensors = [row for row in outer_rows if row]
+    outer = [name for name in original.names if inside(name) is None]
+    tensors: list[dict[str, Any]] = []
+    for done, name in enumerate(outer):
+        if row := _tensor_row(name, None, original.read(name), opened):
+            tensors.append(row)
+        if decoder is None:  # every tensor is an outer one
+            report((done + 1) / len(outer))
     blocks: list[dict[str, Any]] = []
     output: dict[str, float] = {}
     if decoder is not None and rows_NT is not None:

@@ -26,7 +26,8 @@ class TensorPlan:
 
     name: in the artifact. source: the checkpoint tensor it is made of. operation: what is done to its rows on the way,
     such as "rope_permute:8" (empty: nothing). fallback: why its grid is not the one asked for (empty: it is).
-    quantized: whether the target's method rounds it (otherwise it is stored as floating point).
+    quantized: whether the target's method rounds it (otherwise it is stored as floating point). stack: the tensor of
+    the file that this is one slice of, such as an expert's; slices follow each other (empty: it is a tensor itself).
     """
 
     name: str
@@ -38,6 +39,7 @@ class TensorPlan:
     quantized: bool
     operation: str = ""
     fallback: str = ""
+    stack: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,8 @@ class ArtifactPlan:
 
     exact: whether sizes are to the byte; compressed Parquet can only be bounded from above.
     dropped: checkpoint tensors that are left out, with the reason. notes: where readers of the artifact compute
-    something else than transformers does with the original, a sentence each without full stop.
+    something else than transformers does with the original, a sentence each without full stop. imatrix_sha256: of the
+    file that importance is taken from (empty: there is none).
     """
 
     tensors: tuple[TensorPlan, ...]
@@ -54,6 +57,7 @@ class ArtifactPlan:
     exact: bool
     dropped: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    imatrix_sha256: str = ""
 
 
 # Gives the parts (see converter/grids) of a planned tensor, by its name in the artifact.

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from converter.errors import SourceError
-from converter.source import DTYPES, Header, header_length, parse_header
+from converter.source import Header, header_length, parse_header
 from converter.tensor_file import read_range
+from converter.values import DTYPES
 
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"

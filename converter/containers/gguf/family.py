@@ -29,7 +29,8 @@ class Family:
     has none. rope: kinds of rope scaling that the reader knows. requires: config values that the reader takes for
     granted. derived: those that it works out from others, by the number of layers (0: all that are not named).
     full_attention_every: one layer in so many sees the whole context, the others a sliding window (0: all see it).
-    ignored_windows: config paths of sliding windows that the reader does without.
+    ignored_windows: config paths of sliding windows that the reader does without. wide_norms: whether the norms of
+    queries and keys span all heads, not one.
     """
 
     architecture: str
@@ -44,6 +45,7 @@ class Family:
     derived: Mapping[str, Mapping[int, Lookup]]
     full_attention_every: int
     ignored_windows: tuple[str, ...]
+    wide_norms: bool
 
 
 def family_of(architecture: Architecture | None, where: str) -> Family:
@@ -67,12 +69,15 @@ def family_of(architecture: Architecture | None, where: str) -> Family:
         derived=section.get("derived", {}),
         full_attention_every=section.get("full_attention_every", 0),
         ignored_windows=tuple(section.get("ignored_windows", ())),
+        wide_norms=section.get("wide_norms", False),
     )
 
 
 def modules_of(family: Family, architecture: Architecture) -> tuple[str, ...]:
-    """Every module of a block that has a weight, relative to the block."""
-    return family.norms + tuple(linear for tap in architecture.taps for linear in tap.linears)
+    """Every module of a block that has a weight of its own in the file, relative to the block; experts are stacked."""
+    linears = tuple(linear for tap in architecture.taps for linear in tap.linears)
+    experts = architecture.experts
+    return family.norms + tuple(linear for linear in linears if not (experts and experts.expert_of(linear)))
 
 
 def find(config: Mapping[str, Any], path: str) -> Any:

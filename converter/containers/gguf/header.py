@@ -60,6 +60,14 @@ def u32(value: int) -> Field:
     return Field(kind=int(gguf.GGUFValueType.UINT32), value=int(value))
 
 
+def u16(value: int) -> Field:
+    return Field(kind=int(gguf.GGUFValueType.UINT16), value=int(value))
+
+
+def i32(value: int) -> Field:
+    return Field(kind=int(gguf.GGUFValueType.INT32), value=int(value))
+
+
 def f32(value: float) -> Field:
     return Field(kind=int(gguf.GGUFValueType.FLOAT32), value=float(value))
 
@@ -106,6 +114,10 @@ class Head:
     def value(self, key: str) -> Any:
         """The value of metadata `key`; raises KeyError when the file has none."""
         return self.fields[key].value
+
+    def get(self, key: str) -> Any:
+        """The value of metadata `key`, None when the file has none."""
+        return self.fields[key].value if key in self.fields else None
 
 
 def size_of(shape: Sequence[int], type: str) -> int:
@@ -165,11 +177,16 @@ def _payload(entry: Field) -> bytes:
     return start + struct.pack(f"<{len(entry.value)}{CODES[entry.item]}", *entry.value)
 
 
-class _Cursor:
-    """Reads forward through a file's bytes; raises SourceError instead of reading past the end."""
+class HeadIncompleteError(Exception):
+    """The bytes at hand end inside the head, and the file goes on: bring more of it."""
 
-    def __init__(self, data: mmap.mmap, where: str) -> None:
+
+class _Cursor:
+    """Reads forward through a file's first bytes; raises SourceError instead of reading past the end of the file."""
+
+    def __init__(self, data: mmap.mmap | bytes, size_bytes: int, where: str) -> None:
         self.data = data
+        self.size_bytes = size_bytes  # of the whole file
         self.where = where
         self.position = 0
 
@@ -177,8 +194,10 @@ class _Cursor:
         return SourceError(self.where, what, "The file is damaged or was cut short: write or fetch it again")
 
     def take(self, size: int) -> bytes:
+        if size > self.size_bytes - self.position:
+            raise self.fail(f"the file ends at byte {self.size_bytes}, inside its own header")
         if size > len(self.data) - self.position:
-            raise self.fail(f"the file ends at byte {len(self.data)}, inside its own header")
+            raise HeadIncompleteError
         start, self.position = self.position, self.position + size
         return self.data[start : self.position]
 
@@ -194,7 +213,7 @@ class _Cursor:
 
     def scalars(self, kind: int, count: int) -> tuple[Any, ...]:
         if kind == STRING:
-            if count * 8 > len(self.data) - self.position:  # before looping: a lying count must not cost hours
+            if count * 8 > self.size_bytes - self.position:  # before looping: a lying count must not cost hours
                 raise self.fail(f"the header claims {count} texts, more than the file can hold")
             return tuple(self.text() for _ in range(count))
         if kind not in CODES:
@@ -211,30 +230,40 @@ class _Cursor:
 
 
 def read_head(path: Path) -> Head:
-    """The head of the GGUF file at `path`.
-
-    Raises SourceError when it is no GGUF file, ends too early, or places tensors outside the file or over one another.
-    """
-    where = path.name
-    if path.stat().st_size < 24:
-        raise SourceError(where, "this is not a GGUF file: it has no header", "Write or fetch it again")
+    """The head of the GGUF file at `path`; raises SourceError as parse_head does, naming the file."""
+    size_bytes = path.stat().st_size
+    if not size_bytes:  # which cannot be mapped
+        raise SourceError(path.name, "this is not a GGUF file: it is empty", "Write or fetch it again")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        cursor = _Cursor(data, where)
-        if cursor.take(4) != MAGIC:
-            raise SourceError(where, "this is not a GGUF file: its first bytes are others", "Write or fetch it again")
-        version, tensor_count, field_count = cursor.unpack("IQQ")
-        if version != VERSION:
-            raise SourceError(where, f"this is GGUF version {version}", f"Convert it to version {VERSION}")
-        fields: dict[str, Field] = {}
-        for _ in range(field_count):
-            key = cursor.text()
-            fields[key] = cursor.field()
-        alignment = fields["general.alignment"].value if "general.alignment" in fields else ALIGNMENT
-        if not isinstance(alignment, int) or alignment < 1:
-            raise cursor.fail(f"the header declares an alignment of {alignment!r} bytes")
-        tensors = [_tensor(cursor) for _ in range(tensor_count)]
-        start = -(-cursor.position // alignment) * alignment
-        _check_places(tensors, len(data) - start, cursor)
+        return parse_head(data, size_bytes, path.name)
+
+
+def parse_head(data: mmap.mmap | bytes, size_bytes: int, where: str) -> Head:
+    """The head of a GGUF file of size_bytes, of which `data` are the first bytes.
+
+    Raises SourceError when it is no GGUF file, ends too early, or places tensors outside the file or over one another,
+    and HeadIncompleteError when `data` is too short to tell.
+    """
+    cursor = _Cursor(data, size_bytes, where)
+    if size_bytes < 24:
+        raise SourceError(where, "this is not a GGUF file: it has no header", "Write or fetch it again")
+    if cursor.take(4) != MAGIC:
+        raise SourceError(where, "this is not a GGUF file: its first bytes are others", "Write or fetch it again")
+    version, tensor_count, field_count = cursor.unpack("IQQ")
+    if version != VERSION:
+        raise SourceError(where, f"this is GGUF version {version}", f"Convert it to version {VERSION}")
+    fields: dict[str, Field] = {}
+    for _ in range(field_count):
+        key = cursor.text()
+        if key in fields:
+            raise cursor.fail(f"the header holds {key} twice")
+        fields[key] = cursor.field()
+    alignment = fields["general.alignment"].value if "general.alignment" in fields else ALIGNMENT
+    if not isinstance(alignment, int) or alignment < 1:
+        raise cursor.fail(f"the header declares an alignment of {alignment!r} bytes")
+    tensors = [_tensor(cursor) for _ in range(tensor_count)]
+    start = -(-cursor.position // alignment) * alignment
+    _check_places(tensors, size_bytes - start, cursor)
     return Head(fields=fields, tensors={tensor.name: tensor for tensor in tensors}, data_start=start)
 
 

@@ -62,7 +62,7 @@ def general_fields(
     fields["hubmill.source.repo"] = string(snapshot.repo)
     fields["hubmill.source.commit"] = string(snapshot.commit)
     fields |= card_fields(card)
-    if target.imatrix:
+    if target.collects_imatrix:
         covered = sum(tensor.quantized and tensor.block is not None for tensor in tensors)
         fields["quantize.imatrix.entries_count"] = u32(covered)
     return fields

@@ -14,37 +14,45 @@ Sources: gguf-py's tensor_mapping; llama.cpp's conversion of LlamaForCausalLM an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import gguf
 import torch
 from torch import Tensor
 
-from converter.architecture import Architecture
+from converter.architecture import COMPUTED, Architecture, Experts
 from converter.containers import TensorPlan
+from converter.containers.gguf.choice import Chosen, stored_types
 from converter.containers.gguf.family import Family, modules_of
 from converter.containers.gguf.header import size_of
-from converter.containers.gguf.mixture import MIXTURES, Place, fit, is_quantized, type_in_block
+from converter.containers.gguf.mixing import Facts, Weight, is_quantized, may_quantize
 from converter.errors import SourceError, UnsupportedError
 from converter.grids.ggml import GgmlGrid
 from converter.manifest import Target
 from converter.source import Snapshot, tied
-from quantkernels.ggml import TYPES
 
-# Buffers that older checkpoints carry along; every reader computes them anew.
-COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$")
 FREQUENCIES = "rope_freqs.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
-    """A checkpoint tensor and its name in the file; `operation` as in TensorPlan; a `norm` is always stored as F32."""
+    """A checkpoint tensor and its name in the file; `operation` as in TensorPlan; a `norm` is always stored as F32.
+
+    An expert's weight is slice `slot` of the tensor `stack` in the file, and named after both.
+    """
 
     source: str
     name: str
     operation: str
     norm: bool
+    stack: str = ""
+    slot: int = 0
+
+    @property
+    def stored_as(self) -> str:
+        """The tensor of the file that holds it."""
+        return self.stack or self.name
 
 
 def named(family: Family, architecture: Architecture, blocks: int, integers: Mapping[str, int]) -> Iterator[Named]:
@@ -62,8 +70,17 @@ def named(family: Family, architecture: Architecture, blocks: int, integers: Map
             operation = f"{verb}:{integers.get(key, key)}"
         return Named(source=prefix + module + ending, name=name + ending, operation=operation, norm=module in norms)
 
+    def slices(prefix: str, experts: Experts) -> Iterator[Named]:
+        for linear in experts.linears:
+            stack = entry(prefix, f"{experts.module}.{linear}", ".weight").name
+            for e in range(experts.count):
+                own = f"{prefix}{experts.module}.{e}.{linear}.weight"
+                yield Named(source=own, name=f"{stack}[{e}]", operation="", norm=False, stack=stack, slot=e)
+
     yield entry("", architecture.embedding, ".weight")
     for b in range(blocks):
+        if architecture.experts:
+            yield from slices(architecture.prefix(b), architecture.experts)
         for module in modules_of(family, architecture):
             yield entry(architecture.prefix(b), module, ".weight")
             if module in family.biases:
@@ -79,21 +96,12 @@ def plan_tensors(
     """The file's tensors in order, and the checkpoint tensors left out with the reason.
 
     Raises SourceError when a tensor is missing or its shape disagrees with config.json, UnsupportedError for a tensor
-    that GGUF's graph of this family has no place for.
+    that GGUF's graph of this family has no place for and for a type that stored_types refuses.
     """
     where = f"{snapshot.repo} (target {target.name})"
     head = f"{architecture.head}.weight"
     without_head = tied(snapshot.config, snapshot.tensors, head)
-    check_types(target, where)
-    everywhere = Place(
-        layer=0,
-        layers=integers["block_count"],
-        heads=integers["attention.head_count"],
-        kv_heads=integers["attention.head_count_kv"],
-        imatrix=target.imatrix,
-        architecture=family.architecture,
-    )
-    plans: list[TensorPlan] = []
+    present: list[Named] = []
     for tensor in named(family, architecture, integers["block_count"], integers):
         header = snapshot.tensors.get(tensor.source)
         if header is None:
@@ -101,21 +109,25 @@ def plan_tensors(
                 continue
             what = f"the checkpoint has no tensor {tensor.source}, which config.json calls for"
             raise SourceError(where, what, "Check config.json, and that the download is whole")
-        check_shape(tensor, header.shape, integers, where)
-        block = architecture.block_of(tensor.source)
-        spot = None if block is None else replace(everywhere, layer=block)
-        type, fallback = choose(tensor, header.shape, target, spot, without_head)
+        check_shape(tensor, header.shape, family, integers, where)
+        present.append(tensor)
+    chosen = choose(present, snapshot, family, target, integers, where)
+    plans: list[TensorPlan] = []
+    for tensor in present:
+        shape, choice = snapshot.tensors[tensor.source].shape, chosen.get(tensor.stored_as, Chosen(type="F32"))
+        quantized = is_quantized(choice.type)
         plans.append(
             TensorPlan(
                 name=tensor.name,
                 source=tensor.source,
-                shape=header.shape,
-                grid=GgmlGrid(type=type),
-                block=block,
-                size_bytes=size_of(header.shape, type),
-                quantized=is_quantized(type),
+                shape=shape,
+                grid=GgmlGrid(type=choice.type, search=target.search if quantized else "ggml"),
+                block=architecture.block_of(tensor.source),
+                size_bytes=size_of(shape, choice.type),
+                quantized=quantized,
                 operation=tensor.operation,
-                fallback=fallback,
+                stack=tensor.stack,
+                fallback=choice.fallback,
             )
         )
     return tuple(plans), left_out(snapshot, {plan.source for plan in plans}, family, where)
@@ -135,43 +147,44 @@ def left_out(snapshot: Snapshot, used: set[str], family: Family, where: str) -> 
     return dropped
 
 
-def check_types(target: Target, where: str) -> None:
-    """Raise UnsupportedError when a rule names a type that is none of ggml's."""
-    for rule in target.rules:
-        if rule.type not in TYPES:
-            what = f"rule '{rule.pattern}' asks for the type '{rule.type}', which is not made here"
-            raise UnsupportedError(where, what, f"Choose one of {', '.join(TYPES)}")
-
-
 def choose(
-    tensor: Named, shape: tuple[int, ...], target: Target, spot: Place | None, without_head: bool
-) -> tuple[str, str]:
-    """The ggml type to store a tensor as, and why it is not the one asked for: rules, else mixture, then what fits.
+    present: Sequence[Named],
+    snapshot: Snapshot,
+    family: Family,
+    target: Target,
+    integers: Mapping[str, int],
+    where: str,
+) -> dict[str, Chosen]:
+    """The ggml type of every matrix by its name in the file; what has none is stored as F32. See stored_types."""
+    weights: dict[str, Weight] = {}
+    sources: dict[str, list[str]] = {}
+    for tensor in present:
+        shape = snapshot.tensors[tensor.source].shape
+        if len(shape) < 2 or tensor.norm or not may_quantize(tensor.stored_as):
+            continue
+        sources.setdefault(tensor.stored_as, []).append(tensor.source)
+        stacked = len(sources[tensor.stored_as])
+        weights[tensor.stored_as] = Weight(name=tensor.stored_as, columns=shape[-1], matrices=stacked)
+    facts = Facts(
+        layers=integers["block_count"],
+        heads=integers["attention.head_count"],
+        kv_heads=integers["attention.head_count_kv"],
+        experts=integers.get("expert_count", 0),
+        imatrix=target.weighs_columns,
+        architecture=family.architecture,
+    )
+    return stored_types(target, weights, sources, facts, where)
 
-    spot is the tensor's place among the blocks, None outside of them; without_head: the embedding serves as the head.
-    """
-    if len(shape) < 2 or tensor.norm or not tensor.source.endswith(".weight"):
-        return "F32", ""
-    mixture = MIXTURES[target.type or ""]
-    rule = target.rule_for(tensor.source)
-    if rule is not None:
-        type = rule.type
-    elif spot is not None:
-        type = type_in_block(mixture, tensor.name, spot)
-    else:
-        type = mixture.embedding if tensor.name == "token_embd.weight" and not without_head else mixture.output
-    return fit(type, shape[-1])
 
-
-def check_shape(tensor: Named, shape: tuple[int, ...], integers: Mapping[str, int], where: str) -> None:
+def check_shape(tensor: Named, shape: tuple[int, ...], family: Family, integers: Mapping[str, int], where: str) -> None:
     """Raise SourceError when a tensor's shape is not what the hyper-parameters say."""
-    expected = _expected(integers).get(re.sub(r"^blk\.\d+\.", "", tensor.name))
+    expected = _expected(integers, family.wide_norms).get(re.sub(r"^blk\.\d+\.", "", tensor.stored_as))
     if expected is not None and shape != expected:
         what = f"tensor {tensor.source} has the shape {list(shape)}, and config.json makes it {list(expected)}"
         raise SourceError(where, what, "config.json and weights are of different models: fetch both again")
 
 
-def _expected(integers: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+def _expected(integers: Mapping[str, int], wide_norms: bool) -> dict[str, tuple[int, ...]]:
     width, middle, vocabulary = (integers[key] for key in ("embedding_length", "feed_forward_length", "vocab_size"))
     queries = integers["attention.head_count"] * integers["attention.key_length"]
     keys = integers["attention.head_count_kv"] * integers["attention.key_length"]
@@ -186,12 +199,21 @@ def _expected(integers: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         "ffn_up": (middle, width),
         "ffn_down": (width, middle),
     }
+    if "expert_count" in integers:
+        linears["ffn_gate_inp"] = (integers["expert_count"], width)
+        own = integers["expert_feed_forward_length"]
+        linears |= {"ffn_gate_exps": (own, width), "ffn_up_exps": (own, width), "ffn_down_exps": (width, own)}
+        shared = integers.get("expert_shared_feed_forward_length", 0)
+        linears |= {"ffn_gate_shexp": (shared, width), "ffn_up_shexp": (shared, width)}
+        linears |= {"ffn_down_shexp": (width, shared)}
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in linears.items():
         found |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     norms = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm", "output_norm")
     found |= {f"{name}.weight": (width,) for name in norms}
-    found |= dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), (integers["attention.key_length"],))
+    one_head = (integers["attention.key_length"],)
+    found |= {"attn_q_norm.weight": (queries,) if wide_norms else one_head}
+    found |= {"attn_k_norm.weight": (keys,) if wide_norms else one_head}
     found |= dict.fromkeys(("token_embd.weight", "output.weight"), (vocabulary, width))
     return found
 

@@ -1,0 +1,114 @@
+"""The quantize step: the tensors of one block, or of what lies outside the blocks, onto their grids and into files.
+
+Targets whose rows do not depend on each other go through stream.py a slab at a time; the others see a block as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from converter import tensor_file
+from converter.containers.gguf import coverage
+from converter.methods import Block, Options
+from converter.methods.tables import NEEDS, ROUNDERS, TRANSFORMS
+from converter.stats import TapStats, unpack
+from jobs import stream
+from jobs.attempt import Attempt, here, read
+from jobs.needs import streams
+from jobs.work import Model
+
+
+def quantize(attempt: Attempt) -> None:
+    """Round the tensors of one block, or, outside the blocks, one tensor after the other."""
+    work, block = attempt.work, attempt.task.block
+    assert work.target is not None
+    model = here(attempt)
+    inside = model.architecture if block is not None else None
+    prefix = inside.prefix(block) if inside and block is not None else ""
+    state = Block(
+        where=attempt.task.subject + (f" block {block}" if block is not None else ""),
+        tensors={},
+        stats=_statistics(attempt),
+        taps=inside.taps if inside else (),
+        foldings=inside.foldings if inside else (),
+    )
+    notes: dict[str, str] = {}
+    importance: Mapping[str, Tensor] = {}  # by name in the artifact, where it is not the statistics'
+    if weighing := coverage.weighing_of(work.target):
+        coverage.check_unchanged(weighing, work.imatrix_sha256)
+        importance = coverage.importance_of(weighing, work.tensors, notes.__setitem__)
+    elif work.target.collects_imatrix:
+        importance = coverage.unreached(work.tensors, state, prefix, notes.__setitem__)
+    if streams(work.target):
+        notes.update(_stream(attempt, model, state, prefix, importance))
+    else:
+        names = [tensor.name for tensor in work.tensors]
+        groups = [names] if block is not None else [[name] for name in names]
+        for done, group in enumerate(groups):
+            notes.update(_round_group(attempt, model, group, state, prefix, importance))
+            attempt.report((done + 1) / len(groups))
+    attempt.record["notes"] = notes
+
+
+def _statistics(attempt: Attempt) -> Mapping[str, TapStats]:
+    """What calibration saw in this block, by tap; nothing when the target asks for nothing."""
+    work = attempt.work
+    if not work.calibrated:
+        return {}
+    assert work.target is not None
+    gram = any(NEEDS[method](work.target.collects_imatrix).gram for method in work.target.methods)
+    return unpack(tensor_file.load(attempt.store.output(work.calibrated) / "stats.safetensors"), gram)
+
+
+def _stream(
+    attempt: Attempt, model: Model, state: Block, prefix: str, importance: Mapping[str, Tensor]
+) -> Mapping[str, str]:
+    """Round the task's tensors a slab of rows at a time and write the blocks of each to a file of its own."""
+    work = attempt.work
+    assert work.target is not None
+    importance, notes = stream.weigh(work.target, model.snapshot, work.tensors, state, prefix, importance)
+    names = tuple(tensor.name for tensor in work.tensors)
+    files = {name: attempt.folder / part_file(names, name) for name in names}
+    torch.set_num_threads(attempt.threads)  # no BLAS here, and rows are the same bytes on any number of threads
+    stream.round_tensors(model.snapshot, work.tensors, importance, files, state.where, attempt.report)
+    return notes
+
+
+def _round_group(
+    attempt: Attempt,
+    model: Model,
+    names: list[str],
+    state: Block,
+    prefix: str,
+    importance: Mapping[str, Tensor],
+) -> Mapping[str, str]:
+    """Round these tensors together and write the parts of each to a file of its own."""
+    work, target = attempt.work, attempt.work.target
+    assert target is not None
+    planned = {tensor.name: tensor for tensor in work.tensors}
+    local = {planned[name].source.removeprefix(prefix): planned[name] for name in names}
+    state = replace(
+        state,
+        where=state.where if attempt.task.block is not None else f"{state.where} {names[0]}",
+        tensors={name: read(model, tensor.source) for name, tensor in local.items()},
+        importance={name: importance[tensor.name] for name, tensor in local.items() if tensor.name in importance},
+    )
+    options = Options(
+        importance=target.weighs_columns, smoothing_strength=target.smoothing_strength, damping=target.damping
+    )
+    for method in target.methods[:-1]:
+        state = TRANSFORMS[method](state, options)
+    rounded = ROUNDERS[target.methods[-1]](state, {name: tensor.grid for name, tensor in local.items()}, options)
+    for name, tensor in local.items():
+        path = attempt.folder / part_file(tuple(planned), tensor.name)
+        tensor_file.save(path, {key: value.contiguous() for key, value in rounded.coded[name].parts.items()})
+    return {local[name].source: note for name, note in rounded.notes.items() if name in local}
+
+
+def part_file(names: tuple[str, ...], name: str) -> str:
+    """The file of a tensor's parts inside a quantize task's output: by number, since names may be long or odd."""
+    return f"{names.index(name):05d}.safetensors"
