@@ -122,9 +122,9 @@ def write_model(folder: Path, blocks: int, hidden: int, intermediate: int) -> in
 
     for b in range(blocks):
         block = {f"model.layers.{b}.{name}.weight": random(shape) for name, shape in shapes.items()}
-        tensor_file.save(folder / f"block-{b:03d}.safetensors", block)
+        tensor_file.save(folder / f"model-block-{b:03d}.safetensors", block)
     outer = {"model.embed_tokens.weight": random((VOCABULARY, hidden)), "model.norm.weight": random((hidden,))}
-    tensor_file.save(folder / "outer.safetensors", outer)
+    tensor_file.save(folder / "model-outer.safetensors", outer)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 

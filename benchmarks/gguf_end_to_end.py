@@ -180,8 +180,8 @@ def quantize(source: Path, out: Path, imatrix: Path) -> None:
     type = out.name.split(".")[1]
     folder = quantize_peer.library_folder()
     assert folder is not None
-    llama = quantize_peer.Library(folder).llama
-    params = llama.llama_model_quantize_default_params()
+    library = quantize_peer.Library(folder)  # kept: llama.cpp calls back into it
+    params = library.llama.llama_model_quantize_default_params()
     params.nthread, params.ftype = os.cpu_count(), MIXTURES[type].number
     stored = open_imatrix(imatrix)
     entries = []
@@ -192,7 +192,7 @@ def quantize(source: Path, out: Path, imatrix: Path) -> None:
         entries.append(quantize_peer.ImatrixEntry(name.encode(), values, len(means)))
     array = (quantize_peer.ImatrixEntry * (len(entries) + 1))(*entries, quantize_peer.ImatrixEntry(None, None, 0))
     params.imatrix = ctypes.addressof(array) if entries else None
-    if llama.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)):
+    if library.llama.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)):
         sys.exit(f"llama-quantize failed for {type}")
 
 
