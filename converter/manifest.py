@@ -220,8 +220,10 @@ class _Reader:
             return model.model_copy(update={"name": model.name or last})
         folder = self.absolute(model.folder)
         if not _holds(folder, Path.is_dir):
-            what = f"there is no folder {quoted(str(folder))}"
-            self.say(fields.locate(("source",)), label, what, FIND)
+            what, remedy = f"there is no folder {quoted(str(folder))}", FIND
+            if _holds(folder, Path.is_file):
+                what, remedy = f"{quoted(str(folder))} is a file", "Name the folder that it lies in"
+            self.say(fields.locate(("source",)), label, what, remedy)
         return model.model_copy(update={"source": f"folder:{folder}", "name": model.name or folder.name})
 
     def distinct(self, drafts: Iterator[_Draft]) -> list[_Draft]:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from converter import dataset, hub
 from converter.architecture import COMPUTED, check_blocks, find
 from converter.blocks import Decoder
 from converter.calibration import digest
+from converter.containers import ArtifactPlan
 from converter.containers.tables import CONTAINERS
 from converter.errors import HubmillError, SourceError, UnsupportedError
 from converter.experts import separate
-from converter.manifest import Job, Manifest
+from converter.manifest import Job, Manifest, Target
 from converter.methods.tables import NEEDS
 from converter.progress import bytes_text
 from jobs.needs import disk_bytes, embedding_shape
@@ -130,9 +131,21 @@ def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
         names |= {tensor.stack or tensor.name for tensor in artifact.tensors}
     unused = [rule.pattern for rule in target.rules if not any(re.search(rule.pattern, name) for name in names)]
     notes = tuple(f"the rule '{pattern}' fits no tensor" for pattern in unused)
+    if target.format == "gguf":
+        notes += tuple(_idle_rules(target, artifact, unused))
     artifact = replace(artifact, notes=artifact.notes + notes)
     repo = manifest.publish.repo_of(manifest.name, job) if manifest.publish else None
     return PlannedJob(model=model, target=target, artifact=artifact, repo=repo)
+
+
+def _idle_rules(target: Target, artifact: ArtifactPlan, unused: Sequence[str]) -> Iterator[str]:
+    """What rules fit tensors without giving any of them their type, a sentence each: norms, say, are always F32."""
+    for rule in target.rules:
+        fits = [
+            tensor for tensor in artifact.tensors if target.rule_for(tensor.source, tensor.stack or tensor.name) == rule
+        ]
+        if rule.pattern not in unused and not any(t.grid.name == rule.type or t.fallback for t in fits):
+            yield f"the rule '{rule.pattern}' changes nothing: what it fits is never {rule.type}, or an earlier rule fits"
 
 
 def _pinned(manifest: Manifest, store: Store) -> tuple[Manifest, HubmillError | None]:

@@ -172,6 +172,18 @@ TEXT_FAULTS = {
 }
 
 
+def test_a_rule_that_changes_nothing_is_told_in_the_plan(place: Path, hubmill: Command) -> None:
+    write_manifest(place, {"q8": "{format: gguf, type: Q8_0, rules: {layernorm: F16, v_proj: F16}}"})
+    notes = json.loads(hubmill("plan", place / "small.yaml", "--json").output)["jobs"][0]
+    assert "the rule 'layernorm' changes nothing" in json.dumps(notes) and "'v_proj'" not in json.dumps(notes)
+
+
+def test_a_file_in_place_of_its_folder_is_told(place: Path, hubmill: Command) -> None:
+    write_manifest(place, {"q8": "{format: gguf, type: Q8_0}"}, sources=("model/config.json",))
+    answer = hubmill("plan", place / "small.yaml")
+    assert answer.code == 2 and "is a file. Name the folder that it lies in" in answer.errors + answer.output
+
+
 @pytest.mark.parametrize("section", TEXT_FAULTS)
 def test_a_text_that_does_not_do_is_refused(section: str, place: Path, hubmill: Command) -> None:
     code, expected = TEXT_FAULTS[section]

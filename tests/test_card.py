@@ -149,6 +149,17 @@ def test_settings_of_the_method_are_told(tmp_path: Path) -> None:
     assert "64 rows of 128 tokens" in said and "someone" not in text
 
 
+def test_what_made_a_gguf_file_is_told(tmp_path: Path) -> None:
+    row = row_of("q4", "gguf", "Q4_K_M", 4.5, 0.1)
+    target = target_of(
+        "gguf", "Q4_K_M", search="thorough", imatrix="/far/away/mine.gguf", output_type="Q8_0", embedding_type="Q5_K"
+    )
+    said = body_of(card_text(row, snapshot_of(tmp_path), target, "", Calibration())).text
+    for words in ("thorough", "mine.gguf", "output head: Q8_0", "embedding: Q5_K"):
+        assert words in said
+    assert "far/away" not in said and "calibration:" not in said, "nothing was calibrated"
+
+
 def test_plain_rounding_claims_no_calibration(tmp_path: Path) -> None:
     assert "- calibration" not in made(tmp_path)
     assert "smoothquant" in TRANSFORMS

@@ -112,6 +112,18 @@ def test_the_search_reaches_the_grids_of_what_is_quantized(llama: Path) -> None:
     }
 
 
+def test_gptq_always_weighs_by_what_it_collects() -> None:
+    assert tiny.target("Q4_K_M", methods=("gptq",)).with_defaults().collects_imatrix
+    assert tiny.target("Q4_K_M", methods=("gptq",), imatrix="/a/file").with_defaults().imatrix_file == Path("/a/file")
+    assert not tiny.target("Q4_K_M").with_defaults().weighs_columns
+
+
+def test_the_remedy_for_an_embedding_without_importance_is_one_that_works(llama: Path) -> None:
+    with pytest.raises(UnsupportedError) as refused:
+        plan(llama, "Q4_K_M", imatrix=True, embedding_type="IQ2_XXS")
+    assert "Name an imatrix file" in str(refused.value) and "embedding_type" in str(refused.value)
+
+
 def test_planning_reads_no_weight(copy: Path) -> None:
     before = plan(copy)
     weights = copy / "model.safetensors"

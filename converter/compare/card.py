@@ -177,11 +177,12 @@ def _introduction(
     if _on_hub(snapshot):
         origin = f"[{origin}](https://huggingface.co/{snapshot.repo})"
     ratio, bits = wording.ratio(row["compression_ratio"]), wording.figure(row["bits_per_weight"])
+    smaller = f"{ratio} smaller than the original" if row["compression_ratio"] > 1 else "no smaller than the original"
     lines = [
         f"# {plain(row['model'])}, {plain(row.get('scheme') or target.name)} in {plain(target.format)}",
         "",
         f"Made by hubmill from {origin} at commit {code(snapshot.commit)}: "
-        f"**{wording.bytes_text(row['size_bytes'])}**, {bits} bits per weight, {ratio} smaller than the original.",
+        f"**{wording.bytes_text(row['size_bytes'])}**, {bits} bits per weight, {smaller}.",
         "",
     ]
     named = _words(inherited.get("license"))
@@ -241,10 +242,17 @@ def _how_made(row: Mapping[str, Any], target: Target, calibration: Calibration) 
         facts.append(("codes", "symmetric around zero" if target.symmetric else "with a zero point"))
     if target.granularity:
         facts.append(("range of the grid", f"observer {code(target.observer)}"))
-    if target.imatrix:
-        facts.append(("importance", "errors weighed by the squares of each input column (imatrix)"))
+    if target.search == "thorough":
+        facts.append(("search", "thorough: scales and codes of less error than ggml's own, in the same format"))
+    if target.weighs_columns:
+        origin = f"from {code(target.imatrix_file.name)}" if target.imatrix_file else "imatrix"
+        facts.append(("importance", f"errors weighed by the squares of each input column ({origin})"))
+    if target.pure:
+        facts.append(("mixture", "none: every matrix in the base type"))
+    outer = (("output head", target.output_type), ("embedding", target.embedding_type))
+    facts += [(name, code(type)) for name, type in outer if type]
     facts += [("exception", f"{code(rule.pattern)} as {code(rule.type)}") for rule in target.rules]
-    if target.imatrix or set(row["method"]) - {"rtn"}:
+    if target.collects_imatrix or set(row["method"]) - {"rtn"}:
         facts.append(("calibration", plain(wording.rows_of(calibration.model_dump(), "calibration"))))
     return "\n".join(["## How it was made", "", *[f"- {name}: {value}" for name, value in facts], ""])
 

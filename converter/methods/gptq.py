@@ -86,7 +86,8 @@ def gptq(block: Block, grids: Mapping[str, Grid], options: Options) -> Rounded:
     rest = {name: weight for name, weight in block.tensors.items() if name not in coded}
     rounded = round_to_nearest(replace(block, tensors=rest), grids, options)
     unsolved = [name for name, weight in rest.items() if is_quantized(weight, grids[name])]
-    notes.update(dict.fromkeys(unsolved, "no Gram matrix: rounded to nearest"))
+    if block.taps:  # outside of the blocks nothing has one
+        notes.update(dict.fromkeys(unsolved, "no Gram matrix: rounded to nearest"))
     coded.update(rounded.coded)
     return Rounded(coded={name: coded[name] for name in block.tensors}, notes=notes)
 

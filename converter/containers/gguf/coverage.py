@@ -30,6 +30,9 @@ EXEMPT = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
 TEXT_BYTES = 127  # of a text in quantize.imatrix.*, as llama-quantize cuts it
 
 
+WITHOUT = "the target has no imatrix"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weighing:
     """The imatrix file that a target takes importance from, and its sha256."""
@@ -163,8 +166,10 @@ def check_coverage(
         name, type = next(iter(needing.items()))
         others = f" (and {len(needing) - 1} more like it)" if len(needing) > 1 else ""
         what = f"{name}{others} is to be stored as {type}, which needs importance, and {missing[name]}"
-        own = "Write imatrix: true, or name" if architecture else "Name"  # what is not run shows nothing
-        remedy = f"{own} an imatrix file that covers it, or give it another type by a rule"
+        own = "Write imatrix: true, or name" if missing[name] == WITHOUT else "Name"
+        remedy = (
+            f"{own} an imatrix file that covers it, or give it another type: by a rule, output_type, embedding_type"
+        )
         raise UnsupportedError(where, what, remedy)
     if weighing is None or not missing:
         return ()
@@ -188,10 +193,9 @@ def _why_not(
 ) -> str:
     if weighing is not None:
         return weighing.imatrix.misfit(name, shape)
-    if not target.weighs_columns:
-        return "the target has no imatrix"
-    seen = architecture is not None and architecture.tap_of(tensor.source) is not None
-    return "" if seen else "calibration sees the linears of the blocks only"
+    if architecture is None or architecture.tap_of(tensor.source) is None:
+        return "calibration sees the linears of the blocks only"
+    return "" if target.weighs_columns else WITHOUT
 
 
 def _needs(name: str, type: str, target: Target) -> bool:
