@@ -145,7 +145,8 @@ def _idle_rules(target: Target, artifact: ArtifactPlan, unused: Sequence[str]) -
             tensor for tensor in artifact.tensors if target.rule_for(tensor.source, tensor.stack or tensor.name) == rule
         ]
         if rule.pattern not in unused and not any(t.grid.name == rule.type or t.fallback for t in fits):
-            yield f"the rule '{rule.pattern}' changes nothing: what it fits is never {rule.type}, or an earlier rule fits"
+            why = f"what it fits is never {rule.type}, or an earlier rule fits"
+            yield f"the rule '{rule.pattern}' changes nothing: {why}"
 
 
 def _pinned(manifest: Manifest, store: Store) -> tuple[Manifest, HubmillError | None]:
