@@ -72,6 +72,11 @@ def streams(target: Target) -> bool:
     return target.format == "gguf" and target.methods == ("rtn",)
 
 
+def rounds_on_gpu(target: Target) -> bool:
+    """Whether there are GPU kernels for how this target is rounded: ggml's own search, not the thorough one."""
+    return streams(target) and target.search == "ggml"
+
+
 def quantize_bytes(job: PlannedJob, block: int | None, gram: bool) -> int:
     """Memory of rounding a block, or, outside the blocks, the widest tensor there; gram: its statistics have one."""
     if streams(job.target):

@@ -144,7 +144,9 @@ def _quantize_task(job: PlannedJob, block: int | None, work: Work, fetch: Task, 
         ),
         reads=tuple(key for key in (fetch.key, calibrated) if key),
         resources=Resources(
-            memory_bytes=needs.quantize_bytes(job, block, gram), disk_bytes=needs.quantize_disk(job, block)
+            gpus=_gpus(work) if needs.rounds_on_gpu(job.target) else 0,
+            memory_bytes=needs.quantize_bytes(job, block, gram),
+            disk_bytes=needs.quantize_disk(job, block),
         ),
         temporary=True,
     )

@@ -18,7 +18,7 @@ from converter.methods.tables import NEEDS, ROUNDERS, TRANSFORMS
 from converter.stats import TapStats, unpack
 from jobs import stream
 from jobs.attempt import Attempt, here, read
-from jobs.needs import streams
+from jobs.needs import rounds_on_gpu, streams
 from jobs.work import Model
 
 
@@ -74,7 +74,8 @@ def _stream(
     names = tuple(tensor.name for tensor in work.tensors)
     files = {name: attempt.folder / part_file(names, name) for name in names}
     torch.set_num_threads(attempt.threads)  # no BLAS here, and rows are the same bytes on any number of threads
-    stream.round_tensors(model.snapshot, work.tensors, importance, files, state.where, attempt.report)
+    device = work.device if rounds_on_gpu(work.target) else "cpu"
+    stream.round_tensors(model.snapshot, work.tensors, importance, files, state.where, attempt.report, device)
     return notes
 
 

@@ -40,6 +40,7 @@ def round_tensors(
     files: Mapping[str, Path],
     where: str,
     report: Report,
+    device: str = "cpu",
 ) -> None:
     """Round each tensor to its grid and write its `blocks` to its file; importance is [I], or [M, I] for M matrices.
 
@@ -50,7 +51,7 @@ def round_tensors(
     by_name = {tensor.name: tensor for tensor in tensors}
     with (
         closing(ahead(_read(snapshot, tensors))) as read,
-        closing(ahead(_rounded(snapshot, read, importance, where))) as slabs,
+        closing(ahead(_rounded(snapshot, read, importance, where, device))) as slabs,
     ):
         for name, group in groupby(slabs, key=lambda slab: slab[0].name):
             tensor = by_name[name]
@@ -106,7 +107,9 @@ def _read(snapshot: Snapshot, tensors: Sequence[TensorPlan]) -> Iterator[Slab]:
             first += len(slab)
 
 
-def _rounded(snapshot: Snapshot, slabs: Iterator[Slab], importance: Mapping[str, Tensor], where: str) -> Iterator[Slab]:
+def _rounded(
+    snapshot: Snapshot, slabs: Iterator[Slab], importance: Mapping[str, Tensor], where: str, device: str
+) -> Iterator[Slab]:
     for tensor, first, slab in slabs:
         place = f"{where} {tensor.source}"
         if _is_copied(snapshot, tensor):
@@ -117,7 +120,8 @@ def _rounded(snapshot: Snapshot, slabs: Iterator[Slab], importance: Mapping[str,
         for start, stop in _matrices(first, len(slab), tensor.shape):
             own = weights if weights is None or weights.ndim == 1 else weights[(first + start) // tensor.shape[-2]]
             said = f"{place} (rows from {first + start} on)" if first + start else place
-            yield tensor, first + start, nearest(said, slab[start:stop].float(), tensor.grid, own).parts["blocks"]
+            values = slab[start:stop].to(device).float()  # a GPU makes the same bytes
+            yield tensor, first + start, nearest(said, values, tensor.grid, own).parts["blocks"].cpu()
 
 
 def _matrices(first: int, count: int, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
