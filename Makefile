@@ -17,9 +17,9 @@ setup: $(READY) ## build .venv with everything, at the tested versions
 # torch by name and first: on its own pip would take a CUDA build of several gigabytes where a CPU one is at hand.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 convert: $(READY) ## convert MANIFEST (default: the quickstart)
@@ -28,11 +28,13 @@ convert: $(READY) ## convert MANIFEST (default: the quickstart)
 plan: $(READY) ## show what converting MANIFEST would do
 	$(BIN)/hubmill plan $(MANIFEST) $(ARGS)
 
+# Two files of tests at a time; a file stays in one process, for its tests share what is made once.
+SPREAD := -n 2 --dist loadfile
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
 test-all: $(READY) ## run the tests and the long suites
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m "slow or not slow" $(SPREAD)
 
 check: $(READY) ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from converter import calibration
 from converter.architecture import Architecture, find
-from converter.blocks import Decoder, tokenizer
+from converter.blocks import Decoder
 from converter.calibrate import calibrate_block
 from converter.compare import evaluation
 from converter.containers import Opened
@@ -48,6 +48,7 @@ from converter.methods.gptq import gptq
 from converter.methods.rtn import round_to_nearest
 from converter.source import Snapshot, open_folder
 from converter.stats import TapStats
+from converter.tokenizer import tokenizer
 from llama_peer import Llama
 
 LENGTH = 256

@@ -1,7 +1,8 @@
 """One calibration step: run a block over the calibration rows, keep its taps' statistics, hand the rows on.
 
-The rows see the original weights, so one pass serves every target. The alternative, a pass per target through its own
-quantized blocks, costs a forward each and pays at three bits and below.
+The rows see the original weights, so one pass serves every target. The alternative is a pass for each target through
+its own quantized blocks (`calibrate_chain`): it costs several forwards for each block and pays at three bits and
+below, where what a block makes of the errors of those before it is no longer small.
 """
 
 # N sequences, T tokens of a sequence, D hidden width
@@ -15,7 +16,23 @@ from torch import Tensor
 
 from converter.blocks import Decoder
 from converter.errors import NumericsError
+from converter.schemes import Activations
 from converter.stats import Collector, TapStats
+
+# Sequences of a chain that run after as many of the original, whose taps' rows are kept for so long. A GPU loads the
+# block's weights anew for each such piece.
+PAIRS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A block on its way to being quantized: its tensors as they are so far, how inputs of those linears are quantized,
+    and the taps whose turn it is.
+    """
+
+    tensors: Mapping[str, Tensor]
+    activations: Mapping[str, Activations]
+    taps: Set[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,36 +58,100 @@ def calibrate_block(
     on any number of workers. A sequence with a value that is not finite in any tap is left out of all taps when
     skip_bad_rows is set; otherwise NumericsError tells the first tap and how many sequences.
     """
-    collectors: dict[str, Collector] = {}
-    bad: dict[int, str] = {}
+    found = _Found(decoder, gram_for)
+    behind = decoder.run_block(b, tensors, hidden, found.add)
+    for n, one in enumerate(behind):
+        found.check(n, one)
+    found.refuse_bad(f"{decoder.where} block {b}", len(hidden), skip_bad_rows)
+    return CalibratedBlock(hidden=behind, stats=found.stats(), skipped=len(found.bad))
 
-    def observe(n: int, seen: Mapping[str, Tensor]) -> None:
-        broken = [tap for tap, rows in seen.items() if not bool(torch.isfinite(rows).all())]
-        if broken:
-            bad[n] = broken[0]
+
+def calibrate_chain(
+    decoder: Decoder,
+    b: int,
+    tensors: Mapping[str, Tensor],
+    original: Tensor,
+    chain: Tensor,
+    gram_for: Set[str] = frozenset(),
+    drift_for: Set[str] = frozenset(),
+    skip_bad_rows: bool = False,
+    stage: Stage | None = None,
+) -> tuple[Mapping[str, TapStats], int]:
+    """The statistics of block b's taps on the hidden state `chain` [N, T, D] of a target, and how many were skipped.
+
+    The original block runs over it and, sequence by sequence, over `original`, the original's hidden state in the same
+    place: for taps in drift_for that tells how far their rows lie apart, token by token. A tap that routing decides on
+    sees other tokens in one than in the other and cannot be among them. stage: what differs for the chain, where some
+    linears of the block are quantized already. Otherwise as calibrate_block.
+    """
+    found = _Found(decoder, gram_for, drift_for)
+    own, activations, taps = (stage.tensors, stage.activations, stage.taps) if stage else (tensors, {}, None)
+    for start in range(0, len(chain), PAIRS):
+        piece, first = slice(start, start + PAIRS), dict[int, Mapping[str, Tensor]]()
+
+        def keep(n: int, seen: Mapping[str, Tensor], first: dict[int, Mapping[str, Tensor]] = first) -> None:
+            first[n] = {tap: rows for tap, rows in seen.items() if tap in drift_for and (taps is None or tap in taps)}
+
+        def add(
+            n: int, seen: Mapping[str, Tensor], start: int = start, first: dict[int, Mapping[str, Tensor]] = first
+        ) -> None:
+            seen = {tap: rows for tap, rows in seen.items() if taps is None or tap in taps}
+            found.add(start + n, seen, first.pop(n))
+
+        before = decoder.run_block(b, tensors, original[piece], keep)
+        behind = decoder.run_block(b, own, chain[piece], add, activations)
+        for n, (one, other) in enumerate(zip(before, behind, strict=True)):
+            found.check(start + n, one)
+            found.check(start + n, other)
+    found.refuse_bad(f"{decoder.where} block {b}", len(chain), skip_bad_rows)
+    return found.stats(), len(found.bad)
+
+
+class _Found:
+    """What the taps of a block saw so far, and by sequence where it was not finite; such a sequence is left out."""
+
+    def __init__(self, decoder: Decoder, gram_for: Set[str], drift_for: Set[str] = frozenset()) -> None:
+        self.bad: dict[int, str] = {}
+        self._workers = decoder.workers
+        self._gram_for, self._drift_for = gram_for, drift_for
+        self._collectors: dict[str, Collector] = {}
+
+    def add(self, n: int, seen: Mapping[str, Tensor], original: Mapping[str, Tensor] | None = None) -> None:
+        """Add sequence n as the taps saw it; original: as they saw it in the original, for drifts."""
+        all_seen = [*seen.items(), *(original or {}).items()]
+        if broken := [tap for tap, rows in all_seen if not bool(torch.isfinite(rows).all())]:
+            self.bad[n] = broken[0]
             return
+        steps = []
         for tap, rows in seen.items():
-            if tap not in collectors:
-                collectors[tap] = Collector(columns=rows.shape[-1], gram=tap in gram_for, device=rows.device)
-        steps = [step for tap, rows in seen.items() for step in collectors[tap].steps(rows)]
-        for _ in decoder.workers.map(lambda step: step(), steps):
+            if tap not in self._collectors:
+                self._collectors[tap] = Collector(
+                    columns=rows.shape[-1],
+                    gram=tap in self._gram_for,
+                    drift=tap in self._drift_for,
+                    device=rows.device,
+                )
+            steps += self._collectors[tap].steps(rows, original[tap] if original and tap in self._drift_for else None)
+        for _ in self._workers.map(lambda step: step(), steps):
             pass
 
-    behind = decoder.run_block(b, tensors, hidden, observe)
-    for n, one in enumerate(behind):
-        if n not in bad and not bool(torch.isfinite(one).all()):
-            bad[n] = "output"
-    if bad and (not skip_bad_rows or not collectors):
-        tap = bad[min(bad)]
-        raise NumericsError(
-            f"{decoder.where} block {b} {tap}",
-            f"the hidden state is not finite in {sum(name == tap for name in bad.values())} of {len(hidden)} sequences",
-            "Check the model's weights for overflow, or choose another calibration text"
-            if skip_bad_rows
-            else "Set calibration.skip_bad_rows, or check the model's weights for overflow",
-        )
-    return CalibratedBlock(
-        hidden=behind,
-        stats={tap: collector.stats() for tap, collector in collectors.items()},
-        skipped=len(bad),
-    )
+    def check(self, n: int, behind: Tensor) -> None:
+        """Look at what came out of the block for sequence n."""
+        if n not in self.bad and not bool(torch.isfinite(behind).all()):
+            self.bad[n] = "output"
+
+    def refuse_bad(self, where: str, count: int, skip: bool) -> None:
+        """Raise NumericsError for sequences that were not finite, unless they may be skipped and others are left."""
+        if self.bad and (not skip or not self._collectors):
+            tap = self.bad[min(self.bad)]
+            alike = sum(name == tap for name in self.bad.values())
+            raise NumericsError(
+                f"{where} {tap}",
+                f"the hidden state is not finite in {alike} of {count} sequences",
+                "Check the model's weights for overflow, or choose another calibration text"
+                if skip
+                else "Set calibration.skip_bad_rows, or check the model's weights for overflow",
+            )
+
+    def stats(self) -> dict[str, TapStats]:
+        return {tap: collector.stats() for tap, collector in self._collectors.items()}

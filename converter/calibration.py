@@ -58,15 +58,16 @@ def token_rows(
     seed: int,
     where: str,
     prefix: tuple[int, ...] = (),
+    suffix: tuple[int, ...] = (),
 ) -> Tensor:
     """Token rows [N = sequences, T = length] i64 that cover the texts evenly and do not overlap.
 
-    prefix begins every row and counts towards its length. The seed shifts each window within its stretch of the text.
-    Raises SourceError when the texts have too few tokens; `where` names them.
+    prefix begins every row, suffix ends it, and both count towards its length. The seed shifts each window within its
+    stretch of the text. Raises SourceError when the texts have too few tokens; `where` names them.
     """
-    assert length > len(prefix), "a row must hold more than its prefix"
+    assert length > len(prefix) + len(suffix), "a row must hold more than what is put around it"
     tokens = torch.tensor([token for text in texts for token in encode(f"{text}\n\n")], dtype=torch.int64)
-    window = length - len(prefix)
+    window = length - len(prefix) - len(suffix)
     if len(tokens) < sequences * window:
         most = len(tokens) // window
         fit = f"at most {most} sequences of length {length}" if most else f"a length below {len(tokens)}"
@@ -81,7 +82,8 @@ def token_rows(
     for n in range(sequences):
         slack = edges[n + 1] - edges[n] - window
         start = edges[n] + int(torch.randint(slack + 1, (), generator=generator))
-        rows[n] = torch.cat([torch.tensor(prefix, dtype=torch.int64), tokens[start : start + window]])
+        around = [torch.tensor(added, dtype=torch.int64) for added in (prefix, suffix)]
+        rows[n] = torch.cat([around[0], tokens[start : start + window], around[1]])
     return rows
 
 

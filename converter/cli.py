@@ -13,8 +13,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -84,11 +85,39 @@ def main() -> None:
             os._exit(130)  # finished work is on the disk, and nothing else is worth waiting for
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print_line(f"hubmill {metadata.version('hubmill')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What can be said before a command."""
+
+
 @app.command()
 def plan(
-    manifest: MANIFEST, out: OUT = Path("out"), only: ONLY = None, json: JSON = False, device: DEVICE = Device.CPU
+    manifest: Annotated[
+        Path,
+        typer.Argument(help="The manifest; or a model: its folder, or hub:owner/name@revision.", show_default=False),
+    ],
+    out: OUT = Path("out"),
+    only: ONLY = None,
+    json: JSON = False,
+    device: DEVICE = Device.CPU,
 ) -> None:
-    """Show what would be done: jobs, types, sizes, needs, and what cannot be done and why."""
+    """Show what would be done: jobs, types, sizes, needs, and what cannot be done and why.
+
+    Of a model, without a manifest: its family, what each format would take, what would be left out, and everything
+    that stands against it.
+    """
+    if source := _source(str(manifest)):
+        _survey(source, out, json)
     from jobs import convert as run_module
     from jobs import show
 
@@ -217,6 +246,32 @@ def merge(
     print_line(f"{out}: {bytes_text(size_bytes)}, every block read again")
 
 
+def _source(given: str) -> str:
+    """The source that is named in place of a manifest; empty when it is a manifest."""
+    path = Path(given.removeprefix("folder:"))
+    if given.startswith(("hub:", "folder:")):
+        return given if given.startswith("hub:") else f"folder:{path.absolute()}"
+    if path.is_dir():
+        return f"folder:{path.absolute()}"
+    return f"folder:{path.absolute().parent}" if path.suffix == ".gguf" else ""
+
+
+def _survey(source: str, out: Path, json: bool) -> NoReturn:
+    """Show what can be made of one model, and exit."""
+    from jobs.store import Store
+    from jobs.survey import survey
+
+    name = source.partition("@")[0].rpartition("/")[2]
+    found = survey(source, Store(run=(out / name).absolute()).downloads)
+    if json:
+        print_json(found)
+    else:
+        _print_survey(found)
+    for problem in found["problems"]:
+        print_error(problem)
+    raise typer.Exit(3 if found["problems"] else 0)
+
+
 def _run(
     path: Path,
     out: Path,
@@ -268,10 +323,46 @@ def _print_plan(plan: dict[str, Any]) -> None:
     )
 
 
+# What is measured of a model's output: key in comparison.json, head of the column, how its figure is written.
+OUTPUT_COLUMNS = (
+    ("perplexity", "perplexity", "{:.3f}"),
+    ("kl_mean", "KL divergence", "{:.5f}"),
+    ("top1_agreement", "same top token", "{:.1%}"),
+    ("embedding_cosine", "embedding cosine", "{:.5f}"),
+    ("neighbour_agreement", "same neighbour", "{:.1%}"),
+)
+
+
+def _print_survey(found: dict[str, Any]) -> None:
+    if "tensors" in found:
+        types = ", ".join(f"{count} x {type}" for type, count in found["types"].items())
+        family = found["family"] or "no known family"
+        experts = f" of {found['experts']} experts" if found.get("experts") else ""
+        blocks = f", {found['blocks']} blocks{experts}" if found["blocks"] else ""
+        print_line(
+            f"{found['repo']}: {family}{blocks}, {found['parameters'] / 1e9:.2f} billion parameters, "
+            f"{bytes_text(found['bytes'])} ({types})"
+        )
+    if tokenizer := found.get("tokenizer"):
+        pre = f", pre-tokenizer {tokenizer['pre']}" if tokenizer["pre"] else ""
+        print_line(f"tokenizer as GGUF has it: {tokenizer['model']}{pre}, {tokenizer['tokens']} tokens")
+    rows = []
+    for name, entry in found["formats"].items():
+        sizes = ", ".join(f"{type} {bytes_text(size)}" for type, size in entry["bytes"].items())
+        rows.append([name, "yes" if entry["possible"] else "no", sizes if entry["possible"] else entry["why"]])
+    print_table("what can be made of it", ("format", "possible", "sizes, or why not"), rows)
+    if found.get("dropped"):
+        dropped = [[one["tensors"], str(one["count"]), one["reason"]] for one in found["dropped"]]
+        print_table("what GGUF would leave out", ("tensors", "count", "why"), dropped, numbers=(1,))
+    for note in found.get("notes", ()):
+        print_line(f"note: {note}")
+
+
 def _print_result(rows: Sequence[dict[str, Any]]) -> None:
     cells, left_out = [], []
+    measured = [column for column in OUTPUT_COLUMNS if any(column[0] in (row.get("output") or {}) for row in rows)]
     for row in rows:
-        name, output = f"{row['model']}/{row['target']}", row.get("output")
+        name, output = f"{row['model']}/{row['target']}", row.get("output") or {}
         figures = []
         if row["status"] == "done":
             figures = [
@@ -279,14 +370,12 @@ def _print_result(rows: Sequence[dict[str, Any]]) -> None:
                 f"{row['compression_ratio']:.2f} x",
                 bytes_text(row["size_bytes"]),
             ]
-        if output:  # a model without a known architecture is not run
-            figures += [f"{output['perplexity']:.3f}", f"{output['kl_mean']:.5f}"]
-            figures += [f"{100 * output['top1_agreement']:.1f} %"]
-        cells.append([name, row["status"], *figures, *[""] * (6 - len(figures))])
+            figures += [text.format(output[key]) if key in output else "" for key, _, text in measured]
+        cells.append([name, row["status"], *figures, *[""] * (3 + len(measured) - len(figures))])
         if row["status"] == "skipped":
             left_out.append([name, row["error"]])
-    columns = ("artifact", "status", "bits/weight", "ratio", "size", "perplexity", "KL divergence", "same top token")
-    print_table("comparison", columns, cells, numbers=range(2, 8))
+    columns = ("artifact", "status", "bits/weight", "ratio", "size", *(head for _, head, _ in measured))
+    print_table("comparison", columns, cells, numbers=range(2, len(columns)))
     if left_out:
         print_table("what was left out", ("artifact", "why"), left_out)
 

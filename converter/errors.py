@@ -51,3 +51,9 @@ class NumericsError(HubmillError):
 
 class PublishError(HubmillError):
     """The hub did not take an artifact."""
+
+
+def said(error: Exception) -> str:
+    """A stranger's error in one line, with its type where the text alone says little, as for KeyError."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if " " in text else f"{type(error).__name__} {text}".rstrip()

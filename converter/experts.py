@@ -2,23 +2,20 @@
 
 transformers 5 computes with all experts of a block fused into two tensors, most checkpoints hold a tensor for each
 linear of each expert, and newer ones the fused tensors. Everything here sees the middle form, so that each expert has
-its own statistics, grids and errors like any other linear. Slices of a fused tensor are ranges of its file's bytes and
-cost nothing; the alternative, keeping it whole, would quantize 128 experts with one set of statistics.
+its own statistics, grids and errors like any other linear (see adapt for their tensors). The alternative, keeping them
+fused, would quantize 128 experts with one set of statistics.
 """
 
 # E experts, I in, M middle width of an expert, N rows (tokens), K experts of a token
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from converter.architecture import Architecture, Experts
-from converter.errors import SourceError
-from converter.source import Header, Snapshot
+from converter.architecture import Experts
 
 
 class SeparateExperts(nn.Module):
@@ -28,17 +25,24 @@ class SeparateExperts(nn.Module):
     """
 
     def __init__(self, fused: Any, experts: Experts, dtype: torch.dtype) -> None:
-        """fused holds gate_up_proj [E, 2 M, I], down_proj [E, I, M] and act_fn, as Mixtral's and Qwen's do."""
+        """fused holds gate_up_proj [E, 2 M, I] and down_proj [E, O, M], or experts turned over as experts.fused says.
+
+        Its own gate makes one middle value from each pair of gate and up, which it wants side by side or in turn.
+        """
         super().__init__()
-        count, twice_middle, width = fused.gate_up_proj.shape
-        self.activation = fused.act_fn
+        twice_middle, width = (
+            fused.gate_up_proj.shape[:0:-1] if experts.fused.transposed else fused.gate_up_proj.shape[1:]
+        )
+        bias = hasattr(fused, "gate_up_proj_bias")
+        self.apply_gate = fused._apply_gate
+        self.interleaved = experts.fused.interleaved
         self.names = experts.linears
         gate, up, down = self.names
-        for e in range(count):
+        for e in range(len(fused.gate_up_proj)):
             linears = {
-                gate: nn.Linear(width, twice_middle // 2, bias=False, dtype=dtype, device="meta"),
-                up: nn.Linear(width, twice_middle // 2, bias=False, dtype=dtype, device="meta"),
-                down: nn.Linear(twice_middle // 2, width, bias=False, dtype=dtype, device="meta"),
+                gate: nn.Linear(width, twice_middle // 2, bias=bias, dtype=dtype, device="meta"),
+                up: nn.Linear(width, twice_middle // 2, bias=bias, dtype=dtype, device="meta"),
+                down: nn.Linear(twice_middle // 2, width, bias=bias, dtype=dtype, device="meta"),
             }
             self.add_module(str(e), nn.ModuleDict(linears))
 
@@ -50,42 +54,7 @@ class SeparateExperts(nn.Module):
             rows, place = torch.where(chosen == e)
             linears = self.get_submodule(str(e))
             seen = hidden[rows]
-            middle = self.activation(linears[gate](seen)) * linears[up](seen)  # type: ignore[index]
-            out = linears[down](middle) * share[rows, place, None]  # type: ignore[index]
+            pairs = torch.stack([linears[gate](seen), linears[up](seen)], -1 if self.interleaved else -2)  # type: ignore[index]
+            out = linears[down](self.apply_gate(pairs.flatten(-2))) * share[rows, place, None]  # type: ignore[index]
             total.index_add_(0, rows, out.to(total.dtype))
         return total
-
-
-def separate(snapshot: Snapshot, architecture: Architecture) -> Snapshot:
-    """`snapshot` with fused experts as slices, one per linear of an expert; as it is where nothing is fused.
-
-    gate_up_proj [E, 2 M, I] holds an expert's gate rows and then its up rows, down_proj [E, I, M] its down rows.
-    Raises SourceError when a fused tensor has another shape than config.json's number of experts calls for.
-    """
-    experts = architecture.experts
-    if experts is None:
-        return snapshot
-    tensors: dict[str, Header] = {}
-    for name, header in snapshot.tensors.items():
-        b = architecture.block_of(name)
-        local = name.removeprefix(architecture.prefix(b)) if b is not None else ""
-        if local not in (f"{experts.module}.gate_up_proj", f"{experts.module}.down_proj"):
-            tensors[name] = header
-            continue
-        halves = 2 if local.endswith("gate_up_proj") else 1
-        if len(header.shape) != 3 or header.shape[0] != experts.count or header.shape[1] % halves:
-            what = f"tensor {name} has the shape {list(header.shape)}, and config.json counts {experts.count} experts"
-            raise SourceError(snapshot.repo, what, "Config.json and weights are of different models: fetch both again")
-        linears = experts.linears[:2] if halves == 2 else experts.linears[2:]
-        size_bytes = (header.end - header.start) // (experts.count * halves)
-        for piece in range(experts.count * halves):
-            e, half = divmod(piece, halves)
-            own = f"{architecture.prefix(b or 0)}{experts.module}.{e}.{linears[half]}.weight"
-            tensors[own] = replace(
-                header,
-                name=own,
-                shape=(header.shape[1] // halves, header.shape[2]),
-                start=header.start + piece * size_bytes,
-                end=header.start + (piece + 1) * size_bytes,
-            )
-    return replace(snapshot, tensors=dict(sorted(tensors.items())))

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -47,6 +47,7 @@ from converter.containers.gguf import source as gguf_source
 from converter.containers.gguf.header import Head, HeadIncompleteError
 from converter.errors import PublishError, SourceError
 from converter.folder import check_path, matches
+from converter.packed import Packed
 from converter.publish import Kind
 from converter.source import Header, Snapshot, header_length, is_gguf, open_folder, parse_header, survey, travels
 
@@ -69,6 +70,7 @@ FAULTS = (
     LocalTokenNotFoundError,
     UnicodeDecodeError,  # what the client makes of a proxy's error page in Latin-1 (huggingface_hub 2)
 )
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 Report = Callable[[int], None]  # told the number of bytes that just arrived
 
@@ -125,14 +127,17 @@ def resolve(source: str, cache: Path, where: str, *, endpoint: str | None = None
         def read_headers(names: list[str]) -> list[tuple[Header, ...]]:
             return together(lambda name: read_header(remote, name, where), names, Event())
 
+        def read_bytes(headers: Sequence[Header]) -> list[bytes]:
+            return together(lambda h: read_part(remote, h.file, h.start, h.end), headers, Event())
+
         gguf: tuple[str, ...] = ()
-        scales: Mapping[str, Header] = {}
+        packed: Mapping[str, Packed] = {}
         if is_gguf(remote.sizes):
             model = gguf_source.survey(remote.sizes, lambda name: bring_head(remote, name, folder), where)
             gguf, config, tensors = model.files, gguf_source.config_of(model), gguf_source.headers_of(model)
         else:
-            config, tensors, scales = survey(
-                remote.sizes, lambda path: (folder / path).read_bytes(), read_headers, where
+            config, tensors, packed = survey(
+                remote.sizes, lambda path: (folder / path).read_bytes(), read_headers, read_bytes, where
             )
     return Snapshot(
         source=f"hub:{repo}",
@@ -140,7 +145,7 @@ def resolve(source: str, cache: Path, where: str, *, endpoint: str | None = None
         commit=remote.commit,
         config=config,
         tensors=tensors,
-        scales=scales,
+        packed=packed,
         files=remote.sizes,
         checksums=remote.checksums,
         folder=folder,
@@ -175,11 +180,10 @@ def fetch(
         token=token,
     )
     folder = remote.folder(cache)
-    weights = {header.file for header in (*snapshot.tensors.values(), *snapshot.scales.values())}
     small = {path for path, size in snapshot.files.items() if travels(path, size)}
     where = f"{where}: {snapshot.repo}"
     with explained(where, snapshot.repo, endpoint):
-        bring(remote, sorted(weights | small), folder, where, report)
+        bring(remote, sorted(snapshot.weight_files | small), folder, where, report)
     return replace(snapshot, folder=folder)
 
 
@@ -329,10 +333,10 @@ def receive(remote: Remote, name: str, part: Path, stop: Event, report: Report |
         os.fsync(file.fileno())
 
 
-def together(work: Callable[[str], Result], names: list[str], stop: Event) -> list[Result]:
-    """The results of `work` for each name, several at a time; an error or Ctrl-C sets `stop` and begins nothing new."""
+def together(work: Callable[[Item], Result], items: Sequence[Item], stop: Event) -> list[Result]:
+    """The results of `work` for each item, several at a time; an error or Ctrl-C sets `stop` and begins nothing new."""
     with ThreadPoolExecutor(TOGETHER) as pool:
-        futures = [pool.submit(work, name) for name in names]
+        futures = [pool.submit(work, item) for item in items]
         try:
             for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                 future.result()

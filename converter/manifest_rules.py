@@ -28,6 +28,8 @@ REPO_FIELDS = ("name", "model", "target")
 KEEP = ("BF16", "F16", "F32")
 # Fields that only mean something beside a certain method.
 METHOD_OF_FIELD = {"smoothing_strength": "smoothquant", "damping": "gptq"}
+# Methods that look at no statistics unless importance is asked for.
+WITHOUT_STATISTICS = ("rtn",)
 # Fields that describe integer grids; a GGUF block has its shape from its type.
 GRID_FIELDS = ("group_size", "symmetric", "granularity", "observer")
 # Fields that only a GGUF file has a place for.
@@ -104,6 +106,10 @@ def _check_methods(target: Target) -> Iterator[Finding]:
             what = f"method {quoted(method)} does not work with {target.format}"
             remedy = f"Use {', '.join(METHODS[target.format])}, or another format"
             yield Finding(at=("method", index), needs=("format",), what=what, remedy=remedy)
+    if target.has_chain and not target.collects_imatrix and set(target.methods) <= set(WITHOUT_STATISTICS):
+        what = "propagate quantized has no effect without statistics"
+        remedy = "Add gptq to method, write imatrix: true, or remove propagate"
+        yield Finding(at=("propagate",), needs=("method", "imatrix"), what=what, remedy=remedy)
     for field, method in METHOD_OF_FIELD.items():
         if field in target.model_fields_set and method not in target.methods:
             what = f"{field} has no effect without {method}"
@@ -136,6 +142,14 @@ def _check_grid(target: Target) -> Iterator[Finding]:
                 yield Finding(at=(field,), needs=("format",), what=what, remedy=f"Remove {field}")
         return
     scheme = schemes.get(target.scheme or "")
+    if scheme and scheme.values != "int":
+        for field in GRID_FIELDS:
+            if field in target.model_fields_set and (field != "granularity" or scheme.values != "e4m3"):
+                what = f"{field} has no effect with scheme {target.scheme}, which fixes it"
+                yield Finding(at=(field,), needs=("scheme",), what=what, remedy=f"Remove {field}")
+    elif target.granularity == "block":
+        what = "granularity block is for fp8; integers share a scale in a row or in groups of its columns"
+        yield Finding(at=("granularity",), needs=("scheme",), what=what, remedy="Write granularity: group")
     if target.granularity in ("tensor", "channel") and target.group_size is not None:
         what = f"group_size is given, but granularity is {target.granularity}"
         yield Finding(at=("group_size",), needs=("granularity",), what=what, remedy="Remove one of the two")
@@ -144,7 +158,7 @@ def _check_grid(target: Target) -> Iterator[Finding]:
         yield Finding(at=("granularity",), needs=("group_size", "scheme"), what=what, remedy="Add group_size: 128")
     if scheme and target.symmetric is not None and target.symmetric != scheme.symmetric:
         for name, twin in schemes.items():
-            same = (twin.bits, twin.activation_bits) == (scheme.bits, scheme.activation_bits)
+            same = (twin.bits, twin.activations) == (scheme.bits, scheme.activations)
             if same and twin.symmetric == target.symmetric:
                 what = f"scheme {target.scheme} is {'symmetric' if scheme.symmetric else 'asymmetric'}"
                 remedy = f"Write scheme: {name}, and remove symmetric"

@@ -7,24 +7,65 @@ container checking names for itself, would find the same mistake only after ever
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+Observer = Literal["minmax", "percentile", "kl", "mse"]
+Granularity = Literal["tensor", "channel", "group", "block"]
+# What codes mean: integers; floats of 8 bits; floats of 4 or 8 bits in small groups with coded scales; a codebook.
+Values = Literal["int", "e4m3", "e5m2", "nvfp4", "mxfp4", "mxfp8", "nf4", "fp4"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """How a server quantizes what a linear reads: codes, and a scale for so many columns of a token (None: for all).
+
+    scale: as it is, rounded to fp8 or to a power of two. static: calibration fixes the scale (of NVFP4: the unit of the
+    scales) by `largest`, the largest magnitude it saw; otherwise each token has its own.
+    """
+
+    values: Literal["int", "e4m3", "e2m1"]
+    bits: int
+    group_size: int | None = None
+    scale: Literal["float", "fp8", "power of two"] = "float"
+    static: bool = False
+    largest: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """In words that a plan or a report can show, such as "int8 per token"."""
+        what = f"int{self.bits}" if self.values == "int" else self.values
+        each = "tensor" if self.static and not self.group_size else "token"
+        return f"{what} per {self.group_size} columns" if self.group_size else f"{what} per {each}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """Integer weights, and what happens to the activations that meet them.
+    """What weights become, and what happens to the activations that meet them.
 
-    group_size is the default number of input columns that share a scale; None is one scale per output row.
-    activation_bits is None when activations keep their precision; otherwise each token is quantized at run time.
+    group_size is the default number of input columns that share a scale; None is one scale per output row, unless
+    block says how many rows and columns share one, or tensor is set. activations is None where they keep their
+    precision.
     """
 
     bits: int
+    values: Values = "int"
     symmetric: bool = True
     group_size: int | None = None
-    activation_bits: int | None = None
+    block: tuple[int, int] | None = None
+    tensor: bool = False
+    activations: Activations | None = None
+
+    @property
+    def granularity(self) -> Granularity:
+        """What shares a scale where a target does not say."""
+        if self.block:
+            return "block"
+        return "group" if self.group_size else "tensor" if self.tensor else "channel"
 
 
+TOKEN_INT8 = Activations(values="int", bits=8)
+TOKEN_FP8 = Activations(values="e4m3", bits=8)
 # The types of whole GGUF files, mixtures most of them; MXFP4 and NVFP4 are ours, the others llama-quantize's.
 GGUF_TYPES = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
@@ -43,12 +84,43 @@ GGUF_TENSOR_TYPES = (
 # How the scales and codes of a GGUF block are found, and what to do with rows that its blocks do not fill.
 SEARCHES = ("ggml", "thorough")
 FALLBACK_ANSWERS = ("allow", "refuse")
+INTEGERS = {f"W{bits}A16": Scheme(bits=bits, group_size=None if bits == 8 else 128) for bits in range(2, 9)}
+ASYMMETRIC = {f"{name}_ASYM": replace(scheme, symmetric=False) for name, scheme in INTEGERS.items()}
+# The names are those of compressed-tensors' presets where it has one.
 COMPRESSED_TENSORS_SCHEMES = {
-    "W4A16": Scheme(bits=4, group_size=128),
-    "W4A16_ASYM": Scheme(bits=4, group_size=128, symmetric=False),
-    "W8A16": Scheme(bits=8),
-    "W8A8": Scheme(bits=8, activation_bits=8),
+    **INTEGERS,
+    **ASYMMETRIC,
+    "W8A8": Scheme(bits=8, activations=TOKEN_INT8),
+    "W4A8": Scheme(bits=4, group_size=128, activations=TOKEN_INT8),
+    "FP8": Scheme(bits=8, values="e4m3", tensor=True, activations=replace(TOKEN_FP8, static=True)),
+    "FP8_DYNAMIC": Scheme(bits=8, values="e4m3", activations=TOKEN_FP8),
+    "FP8_BLOCK": Scheme(bits=8, values="e4m3", block=(128, 128), activations=replace(TOKEN_FP8, group_size=128)),
+    "FP8A16": Scheme(bits=8, values="e4m3"),
+    "NVFP4A16": Scheme(bits=4, values="nvfp4", group_size=16),
+    "NVFP4": Scheme(
+        bits=4,
+        values="nvfp4",
+        group_size=16,
+        activations=Activations(values="e2m1", bits=4, group_size=16, scale="fp8", static=True),
+    ),
+    "MXFP4A16": Scheme(bits=4, values="mxfp4", group_size=32),
+    "MXFP4": Scheme(
+        bits=4,
+        values="mxfp4",
+        group_size=32,
+        activations=Activations(values="e2m1", bits=4, group_size=32, scale="power of two"),
+    ),
+    "MXFP8A16": Scheme(bits=8, values="mxfp8", group_size=32),
+    "MXFP8": Scheme(
+        bits=8,
+        values="mxfp8",
+        group_size=32,
+        activations=Activations(values="e4m3", bits=8, group_size=32, scale="power of two"),
+    ),
 }
+GPTQ_SCHEMES = {name: INTEGERS[name] for name in ("W2A16", "W3A16", "W4A16", "W8A16")}
+# The first layout of GPTQ keeps zero points less one, and readers disagree about what is then stored for 0.
+GPTQ_V2_SCHEMES = GPTQ_SCHEMES | {f"{name}_ASYM": ASYMMETRIC[f"{name}_ASYM"] for name in GPTQ_SCHEMES}
 PARQUET_SCHEMES = {
     "INT8": Scheme(bits=8),
     "INT4": Scheme(bits=4),
@@ -56,21 +128,23 @@ PARQUET_SCHEMES = {
 }
 SCHEMES: dict[str, dict[str, Scheme]] = {
     "compressed-tensors": COMPRESSED_TENSORS_SCHEMES,
+    "gptq": GPTQ_SCHEMES,
+    "gptq_v2": GPTQ_V2_SCHEMES,
+    "auto-round": GPTQ_SCHEMES,
+    "awq": {"W4A16_ASYM": ASYMMETRIC["W4A16_ASYM"]},
+    "bitsandbytes": {
+        "NF4": Scheme(bits=4, values="nf4", group_size=64),
+        "FP4": Scheme(bits=4, values="fp4", group_size=64),
+    },
+    "fp8": {"FP8_BLOCK": COMPRESSED_TENSORS_SCHEMES["FP8_BLOCK"]},
     "parquet": PARQUET_SCHEMES,
 }
 # What the values of `type:` (gguf) or `scheme:` (the others) may be.
 STORES: dict[str, tuple[str, ...]] = {
     "gguf": (*GGUF_TYPES, *GGUF_ALIASES),
-    "compressed-tensors": tuple(COMPRESSED_TENSORS_SCHEMES),
-    "parquet": tuple(PARQUET_SCHEMES),
+    **{format: tuple(schemes) for format, schemes in SCHEMES.items()},
 }
-TRANSFORMS = ("smoothquant",)
+TRANSFORMS = ("smoothquant", "awq")
 ROUNDERS = ("rtn", "gptq")
 # In a GGUF file, rtn is the search of its type. Transforms would need places in its graph that readers do not have.
-METHODS: dict[str, tuple[str, ...]] = {
-    "gguf": ROUNDERS,
-    "compressed-tensors": TRANSFORMS + ROUNDERS,
-    "parquet": TRANSFORMS + ROUNDERS,
-}
-Observer = Literal["minmax", "percentile", "kl", "mse"]
-Granularity = Literal["tensor", "channel", "group"]
+METHODS: dict[str, tuple[str, ...]] = {"gguf": ROUNDERS} | dict.fromkeys(SCHEMES, TRANSFORMS + ROUNDERS)

@@ -16,8 +16,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,20 @@ from torch import Tensor
 
 from converter.errors import SourceError, UnsupportedError
 from converter.folder import HEADER_LIMIT_BYTES, check_path, digest_folder, list_folder
+from converter.packed import (
+    FORMATS,
+    Packed,
+    ReadBytes,
+    blocks_of,
+    check_quantization,
+    find_packed,
+    kept_type,
+    rows_of,
+    same_grid,
+)
 from converter.tensor_file import read_range
-from converter.values import DTYPES, FLOATING, FP8, check_finite, decoded, multiply_scale
+from converter.values import DTYPES, FLOATING, check_finite, decoded
+from converter.views import View
 
 SMALL_LIMIT_BYTES = 32 << 20  # a file up to this size that is not a weight travels with the model
 
@@ -59,7 +72,10 @@ UNPICKLE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """One tensor as the header of its file declares it; `start` and `end` are byte offsets into the file."""
+    """One tensor as the header of its file declares it; `start` and `end` are byte offsets into the file.
+
+    Of a weight in parts (see Snapshot.packed) dtype and shape are the decoded weight's, the bytes those of its codes.
+    """
 
     name: str
     dtype: str  # as safetensors calls it: "BF16", "F8_E4M3", ...; in a GGUF file ggml's name: "Q4_K"
@@ -67,14 +83,15 @@ class Header:
     file: str  # relative to the snapshot's folder, with forward slashes
     start: int
     end: int
+    view: View | None = None  # None: the bytes are the tensor's rows as they are
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """A model at one commit: everything planning needs, and `read` once the weights are in `folder`.
 
-    Plain data: it crosses processes by pickling. `tensors` is sorted by name and leaves out what belongs to an fp8
-    weight (its scales); `scales` holds those by the name of their weight.
+    Plain data: it crosses processes by pickling. `tensors` is sorted by name. A weight that the checkpoint holds in
+    parts, quantized, is one tensor there, and `packed` has its parts by its name.
     """
 
     source: str  # "folder:/abs/path" or "hub:org/name"
@@ -84,14 +101,28 @@ class Snapshot:
     tensors: Mapping[str, Header]
     files: Mapping[str, int]  # every file with its size in bytes
     folder: Path
-    scales: Mapping[str, Header] = field(default_factory=dict)
+    packed: Mapping[str, Packed] = field(default_factory=dict)
     checksums: Mapping[str, str] = field(default_factory=dict)  # of a hub: "sha256:..." or "git:..." by file
-    gguf: tuple[
-        str, ...
-    ] = ()  # the files, in order, of a model that is GGUF; its tensors have the names of those files
+    # The files, in order, of a model that is GGUF; its tensors have the names of those files.
+    gguf: tuple[str, ...] = ()
+    name: str = ""  # what the manifest calls the model; empty: as its repo
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes that the tensors take as stored, scales and all; what several are seen in counts once."""
+        return sum(end - start for _, start, end in {(h.file, h.start, h.end) for h in self._stored()})
+
+    @property
+    def weight_files(self) -> frozenset[str]:
+        """The files that hold tensors."""
+        return frozenset(header.file for header in self._stored())
+
+    def _stored(self) -> Iterator[Header]:
+        yield from (header for name, header in self.tensors.items() if name not in self.packed)
+        yield from chain.from_iterable(packed.parts.values() for packed in self.packed.values())
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor in its stored type; an fp8 weight with a scale, and ggml blocks, come multiplied out, in f32.
+        """Read one tensor in its stored type; a weight in parts, and ggml blocks, come decoded, in f32.
 
         Raises NumericsError when a value is NaN or infinite, SourceError when the file is not what its header said.
         """
@@ -100,23 +131,21 @@ class Snapshot:
     def slabs(self, name: str, weights: int | None) -> Iterator[Tensor]:
         """Read one tensor as `read` does, its rows a slab at a time: [n, I] with about so many weights each.
 
-        None gives one slab, the tensor in its own shape. An fp8 weight with scales is read whole all the same.
+        None gives one slab, the tensor in its own shape. What is seen through a view is read whole all the same.
         """
         header = self.tensors[name]
         where = f"{self.repo}: {name}"
         columns = header.shape[-1] if header.shape else 1
         rows = math.prod(header.shape[:-1])
         height = rows if weights is None else max(1, min(rows, weights // max(1, columns)))
-        whole = None
-        if name in self.scales:
-            block = dict(self.config.get("quantization_config") or {}).get("weight_block_size")
-            stored = self._load(header, 0, rows).reshape(header.shape)
-            scale = self.scales[name]
-            factor = self._load(scale, 0, math.prod(scale.shape[:-1])).reshape(scale.shape)
-            whole = multiply_scale(stored, factor, block, where).reshape(rows, columns)
+        packed = self.packed.get(name)
+        stored = header if header.view is None else replace(header, shape=header.view.shape)
+        load = partial(self._load, stored) if packed is None else rows_of(packed, self._load, where)
+        if header.view is not None:
+            whole = header.view.apply(load(0, header.view.shape[0])).reshape(rows, columns)
+            load = lambda first, count: whole[first : first + count]  # noqa: E731
         for first in range(0, max(1, rows), max(1, height)):
-            count = min(height, rows - first)
-            slab = self._load(header, first, count) if whole is None else whole[first : first + count]
+            slab = load(first, min(height, rows - first))
             if header.dtype in FLOATING:
                 check_finite(slab, where, first, header.shape)
             yield slab.reshape(header.shape) if weights is None else slab
@@ -128,6 +157,22 @@ class Snapshot:
         height = max(1, size_bytes * rows // max(1, header.end - header.start))
         for first in range(0, rows, height):
             yield self._bytes(header, first, min(height, rows - first))
+
+    def repacked(self, name: str, type: str, weights: int) -> Iterator[Tensor] | None:
+        """The rows of a weight in parts as blocks of a ggml type whose grid is its own; None where no grid is shared.
+
+        In order, about so many weights at a time: u8 [n, bytes a row], and f32 [n, I] for rows whose scales ggml's
+        blocks do not hold.
+        """
+        header, packed = self.tensors[name], self.packed.get(name)
+        view = header.view
+        whole_rows = view is None or not (view.transposed or (packed is not None and FORMATS[packed.format].coded))
+        if packed is None or not whole_rows or not same_grid(packed, type):
+            return None
+        rows, where = math.prod(packed.shape[:-1]), f"{self.repo}: {name}"
+        if view is not None:
+            return (view.apply(blocks) for blocks in blocks_of(packed, type, rows, self._load, where))
+        return blocks_of(packed, type, max(1, min(rows, weights // packed.shape[-1])), self._load, where)
 
     def _load(self, header: Header, first: int, count: int) -> Tensor:
         return decoded(self._bytes(header, first, count), header.dtype)
@@ -157,7 +202,7 @@ def open_folder(path: Path, where: str) -> Snapshot:
     """Open the model in a folder, reading headers only; its commit is a digest over its content (`digest_folder`).
 
     `where` says who asks, for messages. Raises SourceError for what cannot be read and UnsupportedError for what is not
-    converted: pickled weights, adapters, a quantization other than fp8.
+    converted: pickled weights, adapters, a quantization that is not decoded.
     """
     root = path.resolve()
     if not root.is_dir():
@@ -172,8 +217,11 @@ def open_folder(path: Path, where: str) -> Snapshot:
                 length = header_length(file.read(8), files[name], name, where)
                 yield parse_header(file.read(length), files[name], name, where)
 
+    def read_bytes(headers: Sequence[Header]) -> list[bytes]:
+        return [read_range(root / h.file, h.start, h.end - h.start).numpy().tobytes() for h in headers]
+
     gguf: tuple[str, ...] = ()
-    scales: Mapping[str, Header] = {}
+    packed: Mapping[str, Packed] = {}
     try:
         files = list_folder(root, where)
         if is_gguf(files):
@@ -182,7 +230,7 @@ def open_folder(path: Path, where: str) -> Snapshot:
             model = source.survey(files, lambda name: source.read_head(root / name), where)
             gguf, config, tensors = model.files, source.config_of(model), source.headers_of(model)
         else:
-            config, tensors, scales = survey(files, read_small, read_headers, where)
+            config, tensors, packed = survey(files, read_small, read_headers, read_bytes, where)
         commit = digest_folder(root, files)[:40]
     except OSError as error:
         what = f"{error.filename or root} cannot be read: {error.strerror}"
@@ -193,7 +241,7 @@ def open_folder(path: Path, where: str) -> Snapshot:
         commit=commit,
         config=config,
         tensors=tensors,
-        scales=scales,
+        packed=packed,
         files=files,
         folder=root,
         gguf=gguf,
@@ -210,9 +258,10 @@ def survey(
     files: Mapping[str, int],
     read_small: Callable[[str], bytes],
     read_headers: Callable[[list[str]], Iterable[tuple[Header, ...]]],
+    read_bytes: ReadBytes,
     where: str,
-) -> tuple[dict[str, Any], dict[str, Header], dict[str, Header]]:
-    """Config, tensors and fp8 scales of a model, from the list of its files and two ways to read them.
+) -> tuple[dict[str, Any], dict[str, Header], dict[str, Packed]]:
+    """Config, tensors and weights in parts of a model, from the list of its files and ways to read them.
 
     The same for a folder and for a hub, which reads many headers at once. Raises SourceError and UnsupportedError.
     """
@@ -232,19 +281,17 @@ def survey(
         found[header.name] = header
     if index is not None:
         check_index(index, found, where)
-    scales = {
-        name: found[name + ending]
-        for name, header in found.items()
-        for ending in ("_scale", "_scale_inv")
-        if header.dtype in FP8 and name + ending in found
+    packed, parts = find_packed(config, found, read_bytes, where)
+    plain = {name: header for name, header in found.items() if name not in parts}
+    dtype = kept_type(config)
+    logical = {
+        name: replace(weight.parts["codes"], name=name, dtype=dtype, shape=weight.shape)
+        for name, weight in packed.items()
     }
-    hidden = {header.name for header in scales.values()}
-    # The scale of an fp8 layer's input is about running it in fp8, not about its weight.
-    hidden |= {name.removesuffix("weight") + end for name in scales for end in ("input_scale", "activation_scale")}
-    tensors = {name: header for name, header in sorted(found.items()) if name not in hidden}
+    tensors = dict(sorted((plain | logical).items()))
     if not tensors:
         raise SourceError(where, "the weights hold no tensor", "Check that the right files were saved")
-    return config, tensors, scales
+    return config, tensors, packed
 
 
 def choose_shards(files: Mapping[str, int], where: str) -> list[str]:
@@ -288,23 +335,6 @@ def check_index(index: Mapping[str, str], found: Mapping[str, Header], where: st
     if extra := sorted(set(found) - set(index)):
         what = f"{found[extra[0]].file} holds tensor '{extra[0]}', which {INDEX} does not name ({len(extra)} in all)"
         raise SourceError(where, what, "Index and shards are of different versions: fetch both again")
-
-
-def check_quantization(config: Mapping[str, Any], where: str) -> None:
-    """Raise UnsupportedError for a checkpoint that is already quantized to anything but fp8."""
-    settings = config.get("quantization_config")
-    if not settings:
-        return
-    settings = settings if isinstance(settings, dict) else {}
-    method = str(settings.get("quant_method", "unknown"))
-    known = (
-        method in ("fp8", "fbgemm_fp8")
-        or (method == "compressed-tensors" and settings.get("format") == "float-quantized")
-        or (method == "modelopt" and settings.get("quant_algo") == "FP8")
-    )
-    if not known:
-        what = f"the checkpoint is already quantized by '{method}'; only fp8 is multiplied out"
-        raise UnsupportedError(where, what, "Take the model it was made from")
 
 
 def header_length(first: bytes, size: int, file: str, where: str) -> int:
@@ -390,10 +420,11 @@ def tied(config: Mapping[str, Any], tensors: Iterable[str], head: str = "lm_head
 
     The tensors are the truth. What config.json leaves out differs by family (transformers 5: Gemma True, Llama False),
     and a head that is present is used as stored. A config that says `false` beside an absent head is a missing weight.
+    What it says at its top, of the whole model, goes before what its `text_config` says.
     """
     text = config.get("text_config")
     declared = [part.get("tie_word_embeddings") for part in (config, text) if isinstance(part, dict)]
-    return head not in set(tensors) and False not in declared
+    return head not in set(tensors) and next((said for said in declared if said is not None), True) is not False
 
 
 def travels(path: str, size: int) -> bool:

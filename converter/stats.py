@@ -1,9 +1,9 @@
 """What calibration remembers of a tap: sums over every row that passed through it, never the rows themselves.
 
 The sums serve every method at once: RTN and imatrix read `sum_squares`, AWQ `abs_sum`, SmoothQuant `abs_max`, static
-activation scales `minimum` and `maximum`, GPTQ `gram`. They add up, so rows can be sharded, and they follow a column
-scale, so a fold needs no second forward. The alternative, keeping the rows, is needed only by gradient methods and
-costs sequences x length x columns per tap.
+activation scales `minimum` and `maximum`, GPTQ `gram`; of a target's own chain `drift` tells how far its rows are from
+the original's. They add up, so rows can be sharded, and they follow a column scale, so a fold needs no second forward.
+The alternative, keeping the rows, is needed only by gradient methods and costs sequences x length x columns per tap.
 """
 
 # N rows (tokens), I columns (input features of the tap's linears)
@@ -27,7 +27,9 @@ class TapStats:
     """Sums over the N = `rows` rows x of one tap.
 
     sum_squares, abs_sum [I] f64; abs_max, minimum, maximum [I] f32; gram [I, I] f32 is the sum of x x^T, None when it
-    was not asked for. diag(gram) equals sum_squares to f32 rounding.
+    was not asked for. diag(gram) equals sum_squares to f32 rounding. drift [I, I] f32 is the sum of (o - x) x^T, the
+    original having the row o for x; None when it was not asked for. The sum of o x^T is gram + drift, but rows that are
+    alike make a drift of zeros, where two large sums would leave their rounding.
     Raises NumericsError when any of it is not finite.
     """
 
@@ -38,6 +40,7 @@ class TapStats:
     minimum: Tensor
     maximum: Tensor
     gram: Tensor | None = None
+    drift: Tensor | None = None
 
     def __post_init__(self) -> None:
         columns = len(self.sum_squares)
@@ -45,6 +48,9 @@ class TapStats:
         if self.gram is not None:
             assert self.gram.shape == (columns, columns)
             finite &= torch.isfinite(self.gram.diagonal())
+        if self.drift is not None:
+            assert self.drift.shape == (columns, columns)
+            finite &= torch.isfinite(self.drift.diagonal())
         broken = columns - int(finite.sum())
         if broken:
             raise NumericsError(
@@ -54,8 +60,7 @@ class TapStats:
             )
 
     def __add__(self, other: TapStats) -> TapStats:
-        """The statistics of both sets of rows together, associative up to rounding; gram is None if either one's is."""
-        gram = None if self.gram is None or other.gram is None else self.gram + other.gram
+        """The statistics of both sets of rows together, associative up to rounding; what either one lacks is None."""
         return TapStats(
             rows=self.rows + other.rows,
             sum_squares=self.sum_squares + other.sum_squares,
@@ -63,17 +68,18 @@ class TapStats:
             abs_max=torch.maximum(self.abs_max, other.abs_max),
             minimum=torch.minimum(self.minimum, other.minimum),
             maximum=torch.maximum(self.maximum, other.maximum),
-            gram=gram,
+            gram=None if self.gram is None or other.gram is None else self.gram + other.gram,
+            drift=None if self.drift is None or other.drift is None else self.drift + other.drift,
         )
 
     def scaled(self, column_scale: Tensor) -> TapStats:
         """The statistics of x / column_scale: what a tap sees once a norm absorbed 1 / column_scale.
 
-        column_scale [I], positive. With D = diag(column_scale): gram' = D^-1 gram D^-1.
+        column_scale [I], positive. With D = diag(column_scale): gram' = D^-1 gram D^-1, and drift' likewise, since the
+        original's rows go through the same norm.
         """
         assert bool((column_scale > 0).all()), "a fold divides by positive column scales"
         wide, narrow = column_scale.double(), column_scale.float()
-        gram = None if self.gram is None else (self.gram / narrow[:, None]).div_(narrow)
         return TapStats(
             rows=self.rows,
             sum_squares=self.sum_squares / wide.square(),
@@ -81,7 +87,8 @@ class TapStats:
             abs_max=self.abs_max / narrow,
             minimum=self.minimum / narrow,
             maximum=self.maximum / narrow,
-            gram=gram,
+            gram=None if self.gram is None else (self.gram / narrow[:, None]).div_(narrow),
+            drift=None if self.drift is None else (self.drift / narrow[:, None]).div_(narrow),
         )
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -96,6 +103,8 @@ class TapStats:
         }
         if self.gram is not None:
             tensors["gram_upper"] = _upper_triangle(self.gram)
+        if self.drift is not None:
+            tensors["drift"] = self.drift
         return tensors
 
 
@@ -109,6 +118,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> TapStats:
         minimum=tensors["minimum"],
         maximum=tensors["maximum"],
         gram=_from_upper_triangle(tensors["gram_upper"], len(tensors["abs_max"])) if "gram_upper" in tensors else None,
+        drift=tensors.get("drift"),
     )
 
 
@@ -120,12 +130,12 @@ def pack(stats: Mapping[str, TapStats]) -> dict[str, Tensor]:
 def unpack(tensors: Mapping[str, Tensor], gram: bool = True) -> dict[str, TapStats]:
     """What `pack` packed, by tap name; a mapping that reads lazily is read one tap after another.
 
-    gram: False leaves the Gram matrices, which take far more than all the rest, where they are.
+    gram: False leaves the matrices, which take far more than all the rest, where they are.
     """
     taps: dict[str, dict[str, str]] = {}
     for name in tensors:
         tap, _, field = name.rpartition("/")
-        if gram or field != "gram_upper":
+        if gram or field not in ("gram_upper", "drift"):
             taps.setdefault(tap, {})[field] = name
     return {tap: from_tensors({field: tensors[name] for field, name in names.items()}) for tap, names in taps.items()}
 
@@ -141,23 +151,29 @@ def observe(hidden: Tensor, gram: bool) -> TapStats:
 class Collector:
     """Adds rows to one set of buffers in place: memory stays that of one TapStats however many rows come."""
 
-    def __init__(self, columns: int, gram: bool, device: torch.device | str = "cpu") -> None:
+    def __init__(self, columns: int, gram: bool, device: torch.device | str = "cpu", drift: bool = False) -> None:
         self.rows = 0
         self.sum_squares = torch.zeros(columns, dtype=torch.float64, device=device)
         self.abs_sum = torch.zeros(columns, dtype=torch.float64, device=device)
         self.minimum = torch.full((columns,), torch.inf, device=device)
         self.maximum = torch.full((columns,), -torch.inf, device=device)
         self.gram = torch.zeros(columns, columns, device=device) if gram else None
+        self.drift = torch.zeros(columns, columns, device=device) if drift else None
 
-    def steps(self, hidden: Tensor) -> list[Callable[[], None]]:
+    def steps(self, hidden: Tensor, original: Tensor | None = None) -> list[Callable[[], None]]:
         """The additions of hidden [N, I] as calls that touch disjoint columns: run all, in any order or at once.
 
-        Calls for the next hidden must wait until these are done; then the result is the same on any number of threads.
+        original [N, I]: the original's rows in the same places, where there is a drift. Calls for the next hidden must
+        wait until these are done; then the result is the same on any number of threads.
         """
         self.rows += len(hidden)
         rows = hidden.float()
+        away = None
+        if self.drift is not None:
+            assert original is not None and original.shape == hidden.shape, "a drift needs the original's rows"
+            away = original.float() - rows
         starts = range(0, hidden.shape[-1], STRIPE_COLUMNS)
-        return [lambda start=start: self._add_stripe(rows, start) for start in starts]  # type: ignore[misc]
+        return [lambda start=start: self._add_stripe(rows, away, start) for start in starts]  # type: ignore[misc]
 
     def stats(self) -> TapStats:
         """The statistics of everything added; the collector's buffers become theirs, so it is not used after this."""
@@ -172,9 +188,10 @@ class Collector:
             minimum=self.minimum,
             maximum=self.maximum,
             gram=self.gram,
+            drift=self.drift,
         )
 
-    def _add_stripe(self, hidden: Tensor, start: int) -> None:
+    def _add_stripe(self, hidden: Tensor, away: Tensor | None, start: int) -> None:
         stop = min(start + STRIPE_COLUMNS, hidden.shape[-1])
         stripe = hidden[:, start:stop]
         wide = stripe.double()
@@ -185,6 +202,8 @@ class Collector:
         self.maximum[start:stop] = torch.maximum(self.maximum[start:stop], stripe.amax(0))
         if self.gram is not None:
             self.gram[start:stop, start:].addmm_(stripe.T, hidden[:, start:])
+        if self.drift is not None and away is not None:
+            self.drift[start:stop].addmm_(away[:, start:stop].T, hidden)
 
 
 def _mirror(gram: Tensor) -> None:

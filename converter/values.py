@@ -1,15 +1,13 @@
-"""What stored bytes mean: types by name, fp8 with its scales, ggml blocks, and whether values are numbers at all."""
-
-# O out, I in (columns), P rows of a scale, Q columns of a scale
+"""What stored bytes mean: types by name, ggml blocks, and whether values are numbers at all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from converter.errors import NumericsError, SourceError
+from converter.errors import NumericsError
 from quantkernels import ggml
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -31,7 +29,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", *ggml.TYPES})
-FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 CHUNK = 1 << 24  # elements looked at together, which bounds the memory of a check
 
 
@@ -41,32 +38,6 @@ def decoded(rows: Tensor, dtype: str) -> Tensor:
         kind = DTYPES[dtype]
         return rows.reshape(-1).view(kind).reshape(len(rows), rows.shape[1] // kind.itemsize)
     return ggml.dequantize(rows, dtype)
-
-
-def multiply_scale(weight: Tensor, scale: Tensor, block: Iterable[int] | None, where: str) -> Tensor:
-    """The values of an fp8 weight: weight times scale, in f32.
-
-    weight [..., O, I] fp8; scale is one number, [..., O], [..., O, 1] or [..., P, Q] with one number per block of
-    `block` = (rows, columns) elements, by default 128 x 128. Raises SourceError when the shapes do not fit.
-    Both endings mean a factor: DeepSeek's `weight_scale_inv` is the inverse of the scale that was divided by.
-    """
-    factor = scale.float()
-    if factor.numel() == 1:
-        return weight.float() * factor.reshape(())
-    if factor.ndim == weight.ndim - 1:
-        factor = factor.unsqueeze(-1)
-    fits = factor.ndim == weight.ndim and factor.shape[:-2] == weight.shape[:-2]
-    for dimension, step in zip((-2, -1), block or (128, 128), strict=True):
-        length = weight.shape[dimension]
-        if not fits or factor.shape[dimension] in (1, length):
-            continue
-        fits = factor.shape[dimension] == -(-length // step)
-        if fits:
-            factor = factor.repeat_interleave(step, dimension).narrow(dimension, 0, length)
-    if not fits:
-        what = f"a scale of shape {list(scale.shape)} does not fit a weight of shape {list(weight.shape)}"
-        raise SourceError(where, what, "Check weight_block_size in config.json")
-    return weight.float().mul_(factor)
 
 
 def check_finite(tensor: Tensor, where: str, first_row: int = 0, shape: tuple[int, ...] | None = None) -> None:

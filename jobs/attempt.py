@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from converter.blocks import Decoder
+from converter.compare import evaluation
+from converter.manifest import Calibration, Evaluation
+from converter.methods.tables import folds
+from converter.pooling import declared_pooling
 from jobs.store import Report, Store
 from jobs.task import Task
+from jobs.texts import text_rows
 from jobs.work import Model, Work
 
 
@@ -36,3 +43,35 @@ def here(attempt: Attempt) -> Model:
 
 def read(model: Model, name: str) -> Tensor:
     return model.snapshot.read(name).to(torch.float32)
+
+
+def decoder_of(attempt: Attempt, model: Model) -> Decoder:
+    """The model's blocks, to be run on as many threads as the attempt has."""
+    assert model.architecture is not None
+    return Decoder(
+        model.snapshot.folder,
+        model.architecture,
+        model.name,
+        device=attempt.work.device,
+        workers=attempt.threads,
+        stored=model.snapshot.tensors,
+    )
+
+
+def rows_of(attempt: Attempt, model: Model, settings: Calibration | Evaluation) -> Tensor:
+    """The token rows [N, T] of the text that the manifest names."""
+    return text_rows(settings, model.snapshot.folder, model.name, attempt.store.downloads, closed=model.encodes)
+
+
+def original_of(attempt: Attempt, model: Model) -> evaluation.Original:
+    """The original's tensors and, where a reference was run, its hidden states."""
+    key, target = attempt.work.referenced, attempt.work.target
+    foldings = model.architecture.foldings if model.architecture and target else ()
+    return evaluation.Original(
+        architecture=model.architecture,
+        foldings=tuple(folding for folding in foldings if target and folds(target.methods, folding)),
+        names=tuple(model.snapshot.tensors),
+        read=partial(read, model),
+        hidden_folder=attempt.store.output(key) if key else None,
+        pooling=declared_pooling(model.snapshot.folder, model.name) if model.encodes else (),
+    )

@@ -301,9 +301,8 @@ def _whole(task: Task, store: Store) -> bool:
 
 def _fetched(snapshot: Snapshot, folder: Path) -> bool:
     """Whether the weights are still where they were fetched to; a model's folder may have been moved since."""
-    names = {header.file for header in (*snapshot.tensors.values(), *snapshot.scales.values())}
     same = snapshot.source.startswith("hub:") or folder == snapshot.folder
-    return same and _has(folder, [{"path": name, "bytes": snapshot.files[name]} for name in names])
+    return same and _has(folder, [{"path": name, "bytes": snapshot.files[name]} for name in snapshot.weight_files])
 
 
 def _intact(folder: Path, files: Sequence[Mapping[str, Any]]) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from converter.calibrate import PAIRS
 from converter.compare.metrics import WINDOW
 from converter.manifest import Target
+from converter.methods.tables import NEEDS
 from jobs.task import Task
 from jobs.work import Model, PlannedJob, Texts
 
@@ -18,9 +20,11 @@ WORKER_BYTES = 700_000_000
 GRAMS = 8
 # How many times a tensor is there in f32 while it is compared: as it was, as read back, and on the way.
 COMPARED = 4
+CHAINED = 3  # how many hidden states of the calibration rows: the original's, the chain's, and what that comes from
 # Weights that are read, rounded and written together, and how many times as many are on the way at the peak.
 SLAB_WEIGHTS = 1 << 22
 SLABS = 16  # 15 measured, on 128k x 4096 weights from BF16
+DECODING_SLABS = 4  # more, as f32, while codes become values: indices, scales for each weight, the product
 
 
 def block_bytes(model: Model, block: int | None) -> int:
@@ -47,6 +51,16 @@ def calibrate_bytes(model: Model, texts: Texts, block: int, grams: bool) -> int:
     return total
 
 
+def propagate_bytes(model: Model, texts: Texts, block: int, grams: bool) -> int:
+    """Memory of a chain's step: the block in front or the block itself, and hidden states of both beside each other."""
+    hidden = hidden_bytes(model, texts.calibration.sequences * texts.calibration.length)
+    before = block_bytes(model, block - 1 if block else None)
+    total = WORKER_BYTES + before + block_bytes(model, block) + CHAINED * hidden + _rows_bytes(model, texts, block)
+    if grams:  # the Gram matrix, as it is packed, and the drift
+        total += 3 * F32_BYTES * sum(width * width for width in _tap_widths(model, block))
+    return total
+
+
 def _tap_widths(model: Model, block: int) -> list[int]:
     """The number of columns of each tap of a block."""
     assert model.architecture is not None
@@ -58,7 +72,7 @@ def _tap_widths(model: Model, block: int) -> list[int]:
 
 
 def evaluate_bytes(model: Model, texts: Texts) -> int:
-    if model.architecture is None:
+    if not model.runs:
         widest = max((math.prod(header.shape) for header in model.snapshot.tensors.values()), default=0)
         return WORKER_BYTES + COMPARED * F32_BYTES * widest
     hidden = hidden_bytes(model, texts.evaluation.sequences * texts.evaluation.length)
@@ -80,14 +94,39 @@ def rounds_on_gpu(target: Target) -> bool:
 def quantize_bytes(job: PlannedJob, block: int | None, gram: bool) -> int:
     """Memory of rounding a block, or, outside the blocks, the widest tensor there; gram: its statistics have one."""
     if streams(job.target):
-        scaled = [math.prod(t.shape) for t in job.tensors(block) if t.source in job.model.snapshot.scales]
+        snapshot, sources = job.model.snapshot, [tensor.source for tensor in job.tensors(block)]
+        views = (snapshot.tensors[name].view for name in sources if name in snapshot.tensors)
+        viewed = max((math.prod(view.shape) for view in views if view is not None), default=0)
+        parts = max((snapshot.packed[name].size_bytes for name in sources if name in snapshot.packed), default=0)
         rows = max((tensor.shape[-1] for tensor in job.tensors(block)), default=0)
-        return WORKER_BYTES + F32_BYTES * (SLABS * max(SLAB_WEIGHTS, rows) + 3 * max(scaled, default=0))
+        slabs = SLABS + (DECODING_SLABS if parts else 0)
+        return WORKER_BYTES + F32_BYTES * (slabs * max(SLAB_WEIGHTS, rows) + 3 * viewed) + parts
     shapes = [tensor.shape for tensor in job.tensors(block)]
     weights = sum(math.prod(shape) for shape in shapes) if block is not None else 0
     widest = max((math.prod(shape) for shape in shapes), default=0)
     columns = max((shape[-1] for shape in shapes), default=0) if gram else 0
     return WORKER_BYTES + F32_BYTES * (weights + 3 * widest + GRAMS * columns**2)
+
+
+def stages_bytes(job: PlannedJob, texts: Texts, block: int) -> int:
+    """Memory of rounding a chain's block in stages, which runs it, too: as it was, as it is so far, and both chains."""
+    hidden = hidden_bytes(job.model, texts.calibration.sequences * texts.calibration.length)
+    running = 3 * block_bytes(job.model, block) + 2 * hidden + _rows_bytes(job.model, texts, block)
+    drifts = 2 * F32_BYTES * sum(width * width for width in _tap_widths(job.model, block))
+    return quantize_bytes(job, block, gram=True) + running + drifts
+
+
+def _rows_bytes(model: Model, texts: Texts, block: int) -> int:
+    """What the taps of a block read of the sequences of the original that run at a time beside a chain."""
+    return 2 * F32_BYTES * PAIRS * texts.calibration.length * sum(_tap_widths(model, block))
+
+
+def chain_forwards(job: PlannedJob) -> int:
+    """Forwards of a block over all calibration rows that a chain takes: see jobs/propagate.py and jobs/stages.py."""
+    architecture, rounder = job.model.architecture, job.target.methods[-1]
+    assert architecture is not None
+    stages = {tap.name.partition(".")[0] for tap in architecture.taps}
+    return 3 + (2 * (len(stages) - 1) if NEEDS[rounder](job.target.collects_imatrix).drift else 0)
 
 
 def calibrate_disk(model: Model, texts: Texts, block: int, grams: bool) -> int:
@@ -96,6 +135,13 @@ def calibrate_disk(model: Model, texts: Texts, block: int, grams: bool) -> int:
     widths = _tap_widths(model, block)
     sums = (block + 1) * SUM_BYTES * sum(widths)
     return rows + sums + (sum(width * width for width in widths) * F32_BYTES if grams else 0)
+
+
+def propagate_disk(model: Model, texts: Texts, block: int, grams: bool) -> int:
+    """Disk of a chain's rows in front of a block, and of the block's statistics with a drift for each Gram matrix."""
+    rows = hidden_bytes(model, texts.calibration.sequences * texts.calibration.length)
+    widths = _tap_widths(model, block)
+    return rows + (sum(2 * width * width for width in widths) * F32_BYTES if grams else 0)
 
 
 def reference_disk(model: Model, texts: Texts) -> int:
@@ -109,11 +155,11 @@ def quantize_disk(job: PlannedJob, block: int | None) -> int:
 
 
 def disk_bytes(tasks: Iterable[Task]) -> int:
-    """Disk for these tasks together. Of statistics, two blocks of each model lie there at the same time."""
+    """Disk for these tasks together. Of statistics, two blocks of each model and chain lie there at the same time."""
     total = 0
     statistics: dict[str, int] = {}
     for task in tasks:
-        if task.kind == "calibrate":
+        if task.kind in ("calibrate", "propagate"):
             statistics[task.subject] = max(statistics.get(task.subject, 0), task.resources.disk_bytes)
         else:
             total += task.resources.disk_bytes

@@ -3,9 +3,12 @@
     fetch(model) -> calibrate(model, b) -> quantize(job, b) -> assemble(job) -> evaluate(job) -> finish(job)
                     calibrate(model, last) -> imatrix(model)
     fetch(model) -> reference(model) -----------------------------------------> evaluate(job)    finish -> publish
+    calibrate(model, b - 1), propagate(job, b - 1), quantize(job, b - 1) -> propagate(job, b) -> quantize(job, b)
 
 A job is one model in one target. Calibration runs once for a model with the union of the statistics that its targets
-ask for; blocks are quantized as soon as their statistics exist, and at most two blocks of statistics lie on disk.
+ask for; blocks are quantized as soon as their statistics exist, and at most two blocks of statistics lie on disk. Jobs
+with `propagate: quantized` have statistics of their own, of a chain in which each block reads what the quantized block
+before it gave.
 """
 
 from __future__ import annotations
@@ -58,18 +61,34 @@ def _model_tasks(
     work = Work(model=model, texts=texts, device=device, fetched=fetch.key)
     calibrations = list(_calibrate_tasks(jobs, work, fetch, cpus))
     quantize: dict[str, list[Task]] = {job.subject: [] for job in jobs}
+    chains: dict[str, list[Task]] = {job.subject: [] for job in jobs if job.target.has_chain}
     # Outside of the blocks first, then block by block across targets: statistics are used while they are there.
     for block in [None, *range(model.blocks)]:
         if block is not None and calibrations:
-            waits = tuple(task.key for tasks in quantize.values() for task in tasks if task.block == block - 2)
+            # Whoever reads what calibration left two blocks ago; of a chain that is the block after.
+            waits = tuple(
+                task.key
+                for name, tasks in quantize.items()
+                for task in tasks
+                if task.block == (block - 1 if name in chains else block - 2)
+            )
             calibrations[block] = replace(calibrations[block], waits=waits)
             yield calibrations[block]
         for job in jobs:
             if block in job.blocks():
-                task = _quantize_task(job, block, work, fetch, calibrations)
+                statistics = calibrations[block] if block is not None and calibrations else None
+                if block is not None and job.subject in chains:
+                    before = [task for task in quantize[job.subject] if task.block == (block - 1 if block else None)]
+                    statistics = _propagate_task(
+                        job, block, work, fetch, calibrations, chains[job.subject], before, cpus
+                    )
+                    chains[job.subject].append(statistics)
+                    yield statistics
+                beside = calibrations[block - 1] if block and job.subject in chains else None
+                task = _quantize_task(job, block, work, fetch, statistics, beside)
                 quantize[job.subject].append(task)
                 yield task
-    reference = _reference_task(work, fetch) if model.architecture else None
+    reference = _reference_task(work, fetch) if model.runs else None
     if reference:
         yield reference
     weighed = next((job for job in jobs if job.target.collects_imatrix and job.target.format == "gguf"), None)
@@ -89,8 +108,9 @@ def _model_tasks(
 
 def _calibrate_tasks(jobs: Sequence[PlannedJob], work: Work, fetch: Task, cpus: int) -> Iterator[Task]:
     model, architecture = work.model, work.model.architecture
-    asked = [need for job in jobs for need in _needs(job.target)]
-    if architecture is None or not any(need.sums or need.gram for need in asked):
+    asked = [need for job in jobs if not job.target.has_chain for need in _needs(job.target)]
+    chained = any(job.target.has_chain for job in jobs)  # it runs beside the original
+    if architecture is None or not model.runs or not (chained or any(need.sums or need.gram for need in asked)):
         return
     grams = tuple(tap.name for tap in architecture.taps) if any(need.gram for need in asked) else ()
     before = fetch
@@ -121,11 +141,69 @@ def _calibrate_tasks(jobs: Sequence[PlannedJob], work: Work, fetch: Task, cpus: 
         yield before
 
 
-def _quantize_task(job: PlannedJob, block: int | None, work: Work, fetch: Task, calibrations: Sequence[Task]) -> Task:
+def _propagate_task(
+    job: PlannedJob,
+    block: int,
+    work: Work,
+    fetch: Task,
+    calibrations: Sequence[Task],
+    chain: Sequence[Task],
+    quantized: Sequence[Task],
+    cpus: int,
+) -> Task:
+    """The chain's step in front of a block. quantized: the task, if any, that rounded what comes before it."""
+    model, architecture = work.model, work.model.architecture
+    assert architecture is not None
+    needs_of = list(_needs(job.target))
+    grams = tuple(tap.name for tap in architecture.taps) if any(need.gram for need in needs_of) else ()
+    # What routing decides on sees other tokens in the chain than in the original: no row has its like.
+    matched = [tap.name for tap in architecture.taps if not architecture.is_routed(tap)]
+    drifts = tuple(matched) if any(need.drift for need in needs_of) else ()
+    calibrated, chained = (calibrations[block - 1].key, chain[-1].key) if block else ("", "")
+    parts = {task.key: tuple(t.name for t in task.work.tensors) for task in quantized if isinstance(task.work, Work)}
+    spec = {
+        "text": _settings(work.texts.calibration),
+        "sha256": work.texts.calibration_sha256,
+        "taps": {tap.name: list(tap.linears) for tap in architecture.taps},
+        "gram": list(grams),
+        "drift": list(drifts),
+        "block": block,
+        "device": work.device,
+    }
+    return Task(
+        kind="propagate",
+        subject=job.subject,
+        block=block,
+        spec=spec,
+        work=replace(
+            work,
+            target=job.target,
+            artifact=job.artifact,
+            gram_taps=grams,
+            drift_taps=drifts,
+            calibrated=calibrated,
+            chained=chained,
+            parts=parts,
+        ),
+        reads=tuple(key for key in (fetch.key, calibrated, chained, *parts) if key),
+        resources=Resources(
+            cpus=max(1, cpus // 2),
+            gpus=_gpus(work),
+            memory_bytes=needs.propagate_bytes(model, work.texts, block, bool(grams)),
+            disk_bytes=needs.propagate_disk(model, work.texts, block, bool(grams)),
+        ),
+        temporary=True,
+    )
+
+
+def _quantize_task(
+    job: PlannedJob, block: int | None, work: Work, fetch: Task, statistics: Task | None, beside: Task | None = None
+) -> Task:
+    """Round a block with these statistics. beside: what left the original's hidden state in front of a chain's."""
     tensors = job.tensors(block)
     calibrated = ""
-    if block is not None and calibrations and any(need.sums or need.gram for need in _needs(job.target)):
-        calibrated = calibrations[block].key
+    if statistics is not None and any(need.sums or need.gram for need in _needs(job.target)):
+        calibrated = statistics.key
     spec = {
         "tensors": [repr(tensor) for tensor in tensors],
         "methods": list(job.target.methods),
@@ -134,18 +212,27 @@ def _quantize_task(job: PlannedJob, block: int | None, work: Work, fetch: Task, 
         "foldings": repr(job.model.architecture.foldings) if job.model.architecture else "",
     }
     gram = bool(calibrated) and any(need.gram for need in _needs(job.target))
+    drift = gram and job.target.has_chain and any(need.drift for need in _needs(job.target))
+    own = replace(
+        work, target=job.target, tensors=tensors, calibrated=calibrated, imatrix_sha256=job.artifact.imatrix_sha256
+    )
+    memory_bytes, staged = needs.quantize_bytes(job, block, gram), 0
+    if drift and statistics is not None and isinstance(statistics.work, Work):  # then it runs the block, too
+        grams, drifts = statistics.work.gram_taps, statistics.work.drift_taps
+        key = beside.key if beside else ""
+        own = replace(own, gram_taps=grams, drift_taps=drifts, chained=calibrated, beside=key)
+        memory_bytes, staged = needs.stages_bytes(job, work.texts, block or 0), statistics.resources.cpus
     return Task(
         kind="quantize",
         subject=job.subject,
         block=block,
         spec=spec,
-        work=replace(
-            work, target=job.target, tensors=tensors, calibrated=calibrated, imatrix_sha256=job.artifact.imatrix_sha256
-        ),
-        reads=tuple(key for key in (fetch.key, calibrated) if key),
+        work=own,
+        reads=tuple(key for key in (fetch.key, calibrated, own.beside) if key),
         resources=Resources(
-            gpus=_gpus(work) if needs.rounds_on_gpu(job.target) else 0,
-            memory_bytes=needs.quantize_bytes(job, block, gram),
+            cpus=staged or 1,
+            gpus=_gpus(work) if staged or needs.rounds_on_gpu(job.target) else 0,
+            memory_bytes=memory_bytes,
             disk_bytes=needs.quantize_disk(job, block),
         ),
         temporary=True,
@@ -233,6 +320,7 @@ def _artifact_tasks(
 def _needs(target: Target) -> Iterator[Needs]:
     for method in target.methods:
         yield NEEDS[method](target.collects_imatrix)
+    yield Needs(sums=target.fixes_inputs)
 
 
 def _settings(text: Calibration | Evaluation) -> dict[str, Any]:

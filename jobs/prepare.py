@@ -16,17 +16,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converter import dataset, hub
+from converter.adapt import adapt
 from converter.architecture import COMPUTED, check_blocks, find
-from converter.blocks import Decoder
 from converter.calibration import digest
 from converter.containers import ArtifactPlan
 from converter.containers.tables import CONTAINERS
 from converter.errors import HubmillError, SourceError, UnsupportedError
-from converter.experts import separate
+from converter.expression import evaluate
 from converter.manifest import Job, Manifest, Target
+from converter.methods import Needs
 from converter.methods.tables import NEEDS
+from converter.packed import packed_notes
 from converter.progress import bytes_text
-from jobs.needs import disk_bytes, embedding_shape
+from jobs.agreement import check_agreement
+from jobs.needs import disk_bytes, embedding_shape, streams
 from jobs.planner import Plan, build
 from jobs.store import Store
 from jobs.task import Task
@@ -94,20 +97,20 @@ def prepare(manifest: Manifest, jobs: Sequence[Job], store: Store, cpus: int, de
 def _open(job: Job, store: Store) -> Model:
     """The job's model, its config.json and its weights found to be of the same model."""
     where = f"model '{job.model.name}'"
-    snapshot = hub.resolve(job.model.source, store.downloads, where)
+    snapshot = replace(hub.resolve(job.model.source, store.downloads, where), name=job.model.name)
     try:
         architecture = find(snapshot.config, where)
     except UnsupportedError:  # its weights can still be rounded; what needs more says so in _plan_job
         return Model(name=job.model.name, snapshot=snapshot, architecture=None)
-    snapshot = separate(snapshot, architecture)
+    snapshot, architecture = adapt(snapshot, architecture, where)
     computed = tuple(name for name in snapshot.tensors if COMPUTED.search(name))
     tensors = {name: header for name, header in snapshot.tensors.items() if name not in computed}
     check_blocks(architecture, snapshot.config, tensors, where)  # first: what comes next builds as many as it is told
-    decoder = Decoder(snapshot.folder, architecture, where, stored=tensors)
-    decoder.check({name: header.shape for name, header in tensors.items()}, architecture)
+    snapshot = replace(snapshot, tensors=tensors)
+    check_agreement(snapshot, architecture, where)
     return Model(
         name=job.model.name,
-        snapshot=replace(snapshot, tensors=tensors),
+        snapshot=snapshot,
         architecture=architecture,
         computed=computed,
     )
@@ -115,7 +118,7 @@ def _open(job: Job, store: Store) -> Model:
 
 def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
     target = job.target.with_defaults()
-    needs = [NEEDS[method](target.collects_imatrix) for method in target.methods]
+    needs = [NEEDS[method](target.collects_imatrix) for method in target.methods] + [Needs(sums=target.fixes_inputs)]
     if model.snapshot.gguf and target.format != "gguf":
         what = f"the source is GGUF, which becomes GGUF of other types, and this target is {target.format}"
         remedy = "Convert the original model, or choose format: gguf"
@@ -123,6 +126,14 @@ def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
     unknown = model.architecture is None and not model.snapshot.gguf
     if unknown and (target.format == "gguf" or any(need.sums or need.gram for need in needs)):
         find(model.snapshot.config, f"{target.where}: {job.key}")  # raises, naming what is known
+    if model.architecture and not model.runs and any(need.sums or need.gram for need in needs):
+        what = f"models of the family {model.architecture.name} are not run block by block, so nothing is calibrated"
+        raise UnsupportedError(
+            f"{target.where}: {job.key}", what, "Choose method rtn, and importance from a file or none"
+        )
+    if target.has_chain and not model.runs:
+        what = "this model is not run block by block, so there is no chain of hidden states to propagate"
+        raise UnsupportedError(f"{target.where}: {job.key}", what, "Remove propagate, or write propagate: original")
     artifact = CONTAINERS[target.format].plan(model.snapshot, model.architecture, target)
     left_out = dict.fromkeys(model.computed, "whoever runs the model computes it")
     artifact = replace(artifact, dropped=left_out | dict(artifact.dropped))
@@ -130,7 +141,10 @@ def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
     if target.format == "gguf":  # rules may speak of the names in the file, too
         names |= {tensor.stack or tensor.name for tensor in artifact.tensors}
     unused = [rule.pattern for rule in target.rules if not any(re.search(rule.pattern, name) for name in names)]
-    notes = tuple(f"the rule '{pattern}' fits no tensor" for pattern in unused)
+    moving = artifact.tensors if streams(target) else ()
+    moved = {tensor.source: tensor.grid.name for tensor in moving if not tensor.prepare}
+    notes = packed_notes(model.snapshot.config, model.snapshot.packed, moved)
+    notes += tuple(f"the rule '{pattern}' fits no tensor" for pattern in unused)
     if target.format == "gguf":
         notes += tuple(_idle_rules(target, artifact, unused))
     artifact = replace(artifact, notes=artifact.notes + notes)
@@ -172,13 +186,18 @@ def _pinned(manifest: Manifest, store: Store) -> tuple[Manifest, HubmillError | 
 def _texts(manifest: Manifest, unread: HubmillError | None, model: Model, store: Store) -> Texts:
     """The token rows that this model will be calibrated and measured on, by digest; finds a text that is too short."""
     digests = ["", ""]
-    if model.architecture:
+    if model.architecture and model.runs:
         if unread:
             raise unread
         folder = model.snapshot.folder
+        most = evaluate(model.architecture.longest, model.snapshot.config) if model.architecture.longest else None
+        longest = max(manifest.calibration.length, manifest.evaluation.length)
+        if most is not None and longest > most:
+            what = f"rows of {longest} tokens are asked for, and the model takes {most} at most"
+            raise UnsupportedError(f"model '{model.name}'", what, "Mend `length` of calibration and evaluation")
         rows = [
-            text_rows(manifest.calibration, folder, model.name, store.downloads),
-            text_rows(manifest.evaluation, folder, model.name, store.downloads),
+            text_rows(settings, folder, model.name, store.downloads, closed=model.encodes)
+            for settings in (manifest.calibration, manifest.evaluation)
         ]
         largest, table = max(int(tokens.max()) for tokens in rows), embedding_shape(model)[0]
         if largest >= table:

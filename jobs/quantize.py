@@ -5,21 +5,27 @@ Targets whose rows do not depend on each other go through stream.py a slab at a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from converter import tensor_file
+from converter.containers import TensorPlan
 from converter.containers.gguf import coverage
+from converter.containers.gguf.operations import apply_preparation
 from converter.methods import Block, Options
+from converter.methods.ranges import largest_input, share_ranges
 from converter.methods.tables import NEEDS, ROUNDERS, TRANSFORMS
 from converter.stats import TapStats, unpack
 from jobs import stream
 from jobs.attempt import Attempt, here, read
 from jobs.needs import rounds_on_gpu, streams
+from jobs.stages import in_stages, round_in_stages
 from jobs.work import Model
+
+UNMATCHED = "routed otherwise in the chain than in the original: not corrected for earlier blocks"
 
 
 def quantize(attempt: Attempt) -> None:
@@ -51,7 +57,22 @@ def quantize(attempt: Attempt) -> None:
         for done, group in enumerate(groups):
             notes.update(_round_group(attempt, model, group, state, prefix, importance))
             attempt.report((done + 1) / len(groups))
+    for name in _unmatched(attempt, state, prefix):
+        notes[name] = "; ".join([*([notes[name]] if name in notes else []), UNMATCHED])
     attempt.record["notes"] = notes
+
+
+def _unmatched(attempt: Attempt, state: Block, prefix: str) -> Iterator[str]:
+    """The linears, by checkpoint name, that a chain's correction was asked for and has no rows to be made from."""
+    work = attempt.work
+    assert work.target is not None
+    if work.target.has_chain and any(
+        NEEDS[method](work.target.collects_imatrix).drift for method in work.target.methods
+    ):
+        for tensor in work.tensors:
+            stats = state.stats_of(tensor.source.removeprefix(prefix))
+            if tensor.quantized and stats is not None and stats.drift is None:
+                yield tensor.source
 
 
 def _statistics(attempt: Attempt) -> Mapping[str, TapStats]:
@@ -91,23 +112,42 @@ def _round_group(
     work, target = attempt.work, attempt.work.target
     assert target is not None
     planned = {tensor.name: tensor for tensor in work.tensors}
-    local = {planned[name].source.removeprefix(prefix): planned[name] for name in names}
+    local = {planned[name].source.removeprefix(prefix) + planned[name].prepare: planned[name] for name in names}
     state = replace(
         state,
         where=state.where if attempt.task.block is not None else f"{state.where} {names[0]}",
-        tensors={name: read(model, tensor.source) for name, tensor in local.items()},
+        tensors={name: _values(model, tensor) for name, tensor in local.items()},
         importance={name: importance[tensor.name] for name, tensor in local.items() if tensor.name in importance},
     )
     options = Options(
         importance=target.weighs_columns, smoothing_strength=target.smoothing_strength, damping=target.damping
     )
+    grids = {name: tensor.grid for name, tensor in local.items()}
     for method in target.methods[:-1]:
-        state = TRANSFORMS[method](state, options)
-    rounded = ROUNDERS[target.methods[-1]](state, {name: tensor.grid for name, tensor in local.items()}, options)
+        state = TRANSFORMS[method](state, grids, options)
+    shared = share_ranges(state, grids)
+    if in_stages(attempt):
+        rounded = round_in_stages(attempt, model, state, shared, options, local)
+    else:
+        rounded = ROUNDERS[target.methods[-1]](state, shared, options)
     for name, tensor in local.items():
+        parts = dict(rounded.coded[name].parts)
+        if tensor.activations and tensor.activations.static:
+            parts["input_largest"] = largest_input(state, name)
         path = attempt.folder / part_file(tuple(planned), tensor.name)
-        tensor_file.save(path, {key: value.contiguous() for key, value in rounded.coded[name].parts.items()})
-    return {local[name].source: note for name, note in rounded.notes.items() if name in local}
+        tensor_file.save(path, {key: value.contiguous() for key, value in parts.items()})
+    notes = {name: "; ".join(said) for name in local if (said := _said(name, state.notes, rounded.notes))}
+    return {local[name].source: note for name, note in notes.items()}
+
+
+def _said(name: str, *notes: Mapping[str, str]) -> list[str]:
+    return [some[name] for some in notes if name in some]
+
+
+def _values(model: Model, tensor: TensorPlan) -> Tensor:
+    """What is rounded, f32: the tensor of the checkpoint, or what is made of it."""
+    values = read(model, tensor.source)
+    return apply_preparation(tensor.prepare, values) if tensor.prepare else values
 
 
 def part_file(names: tuple[str, ...], name: str) -> str:

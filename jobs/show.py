@@ -11,7 +11,7 @@ from typing import Any
 from converter.compare.tables import read_comparison
 from converter.errors import SourceError
 from jobs.convert import Ready, Run
-from jobs.needs import disk_bytes, memory_bytes
+from jobs.needs import chain_forwards, disk_bytes, memory_bytes
 from jobs.store import Store, file_sha256
 from jobs.work import PlannedJob
 
@@ -49,6 +49,9 @@ def _job_json(job: PlannedJob, ready: Ready) -> dict[str, Any]:
     fallbacks = Counter(tensor.fallback for tensor in tensors if tensor.fallback)
     notes = [f"{count} x {reason}" for reason, count in fallbacks.items()]
     notes += [f"{name} is left out: {reason}" for name, reason in job.artifact.dropped.items()]
+    if job.target.has_chain:
+        more = f"{chain_forwards(job)} forwards more for each of {job.model.blocks} blocks"
+        notes.append(f"propagate: quantized takes {more}")
     return {
         "job": job.subject,
         "state": f"{len(left)} tasks" if left else "done",

@@ -11,7 +11,6 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 from converter import hub, tensor_file
-from converter.blocks import Decoder
 from converter.calibrate import calibrate_block
 from converter.compare import card, evaluation
 from converter.containers.gguf.imatrix import Sums, open_imatrix, write_imatrix
@@ -30,12 +28,12 @@ from converter.hub_publish import HuggingFaceHub
 from converter.manifest import Target
 from converter.publish import FolderHub, Hub
 from converter.stats import pack
-from jobs.attempt import Attempt, here, read
+from jobs.attempt import Attempt, decoder_of, here, original_of, rows_of
+from jobs.propagate import propagate
 from jobs.quantize import part_file, quantize
 from jobs.store import Store, file_sha256, place, place_file
 from jobs.task import Kind, Task
-from jobs.texts import text_rows
-from jobs.work import Model, Work
+from jobs.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +93,16 @@ def calibrate(attempt: Attempt) -> None:
     task, work = attempt.task, attempt.work
     model = here(attempt)
     assert task.block is not None and model.architecture is not None
-    decoder = _decoder(attempt, model)
+    decoder = decoder_of(attempt, model)
     if task.block == 0:
-        rows = text_rows(work.texts.calibration, model.snapshot.folder, model.name, attempt.store.downloads)
+        rows = rows_of(attempt, model, work.texts.calibration)
         hidden = decoder.embed(rows, {name: model.snapshot.read(name) for name in decoder.input_names})
     else:
         hidden = tensor_file.load(attempt.store.output(work.calibrated) / "hidden.safetensors")["hidden"]
     result = calibrate_block(
         decoder,
         task.block,
-        evaluation.block_tensors(_original(attempt, model), task.block),
+        evaluation.block_tensors(original_of(attempt, model), task.block),
         hidden,
         gram_for=frozenset(work.gram_taps),
         skip_bad_rows=work.texts.calibration.skip_bad_rows,
@@ -199,9 +197,9 @@ def reference(attempt: Attempt) -> None:
     """Run the original over the held-out rows and keep its hidden states, block by block."""
     model = here(attempt)
     attempt.record["source"] = evaluation.reference(
-        _decoder(attempt, model),
-        text_rows(attempt.work.texts.evaluation, model.snapshot.folder, model.name, attempt.store.downloads),
-        _original(attempt, model),
+        decoder_of(attempt, model),
+        rows_of(attempt, model, attempt.work.texts.evaluation),
+        original_of(attempt, model),
         attempt.folder,
         attempt.report,
     )
@@ -212,12 +210,11 @@ def evaluate(attempt: Attempt) -> None:
     model, work = here(attempt), attempt.work
     assert work.target is not None and work.artifact is not None
     opened = CONTAINERS[work.target.format].open(attempt.store.output(work.assembled), model.architecture)
-    known = model.architecture is not None
     measured = evaluation.measure(
-        _original(attempt, model),
+        original_of(attempt, model),
         opened,
-        _decoder(attempt, model) if known else None,
-        text_rows(work.texts.evaluation, model.snapshot.folder, model.name, attempt.store.downloads) if known else None,
+        decoder_of(attempt, model) if model.runs else None,
+        rows_of(attempt, model, work.texts.evaluation) if model.runs else None,
         attempt.report,
     )
     notes: dict[str, str] = attempt.store.record(work.assembled)["notes"]
@@ -283,6 +280,7 @@ STEPS: dict[Kind, Callable[[Attempt], None]] = {
     "fetch": fetch,
     "calibrate": calibrate,
     "imatrix": imatrix,
+    "propagate": propagate,
     "quantize": quantize,
     "assemble": assemble,
     "reference": reference,
@@ -299,7 +297,7 @@ def row_of(store: Store, work: Work) -> dict[str, Any]:
     assembled = store.record(work.assembled)
     snapshot = work.model.snapshot
     weights = sum(item["bytes"] for item in assembled["files"] if item["path"] in work.artifact.files)
-    source_bytes = sum(header.end - header.start for header in (*snapshot.tensors.values(), *snapshot.scales.values()))
+    source_bytes = snapshot.size_bytes
     source = {"repo": snapshot.repo, "commit": snapshot.commit, "size_bytes": source_bytes}
     return {
         "model": work.model.name,
@@ -319,28 +317,6 @@ def row_of(store: Store, work: Work) -> dict[str, Any]:
         "notes": assembled["notes"],
         "warnings": list(work.artifact.notes),
     }
-
-
-def _decoder(attempt: Attempt, model: Model) -> Decoder:
-    assert model.architecture is not None
-    return Decoder(
-        model.snapshot.folder,
-        model.architecture,
-        model.name,
-        device=attempt.work.device,
-        workers=attempt.threads,
-        stored=model.snapshot.tensors,
-    )
-
-
-def _original(attempt: Attempt, model: Model) -> evaluation.Original:
-    key = attempt.work.referenced
-    return evaluation.Original(
-        architecture=model.architecture,
-        names=tuple(model.snapshot.tensors),
-        read=partial(read, model),
-        hidden_folder=attempt.store.output(key) if key else None,
-    )
 
 
 def _reset_peak() -> None:

@@ -14,12 +14,14 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from converter import tensor_file
 from converter.ahead import ahead
 from converter.containers import TensorPlan
 from converter.containers.gguf.header import BLOCKS
+from converter.containers.gguf.operations import apply_preparation, keeps_columns
 from converter.containers.gguf.verify import broken
 from converter.errors import NumericsError
 from converter.manifest import Target
@@ -77,14 +79,14 @@ def weigh(
     """
     importance, notes = dict(from_file), {}
     for tensor in tensors if target.weighs_columns else ():
-        if _is_copied(snapshot, tensor):
+        if _is_copied(snapshot, tensor) or not keeps_columns(tensor.prepare):
             continue
         found = importance.get(tensor.name)
         if found is None:
             found = importance_of(state, tensor.source.removeprefix(prefix))
         if found is not None:
             importance[tensor.name] = found
-        elif tensor.quantized and TYPES[tensor.grid.name].uses_importance:
+        elif tensor.quantized and TYPES[tensor.grid.name].uses_importance and not _moved(snapshot, tensor):
             source = "entry in the imatrix" if target.imatrix_file else "calibration statistics"
             notes[tensor.source] = f"no {source}: rounded without importance"
     return importance, notes
@@ -95,11 +97,22 @@ def _is_copied(snapshot: Snapshot, tensor: TensorPlan) -> bool:
     return bool(snapshot.gguf) and snapshot.tensors[tensor.source].dtype == tensor.grid.name
 
 
+def _moved(snapshot: Snapshot, tensor: TensorPlan) -> Iterator[Tensor] | None:
+    """The rows of a tensor whose codes need no rounding, since the source is quantized on the type's own grid."""
+    return None if tensor.prepare else snapshot.repacked(tensor.source, tensor.grid.name, SLAB_WEIGHTS)
+
+
 def _read(snapshot: Snapshot, tensors: Sequence[TensorPlan]) -> Iterator[Slab]:
     for tensor in tensors:
         first = 0
+        moved = _moved(snapshot, tensor)
         if _is_copied(snapshot, tensor):
             slabs = snapshot.stored_slabs(tensor.source, 4 * SLAB_WEIGHTS)
+        elif moved is not None:
+            slabs = moved
+        elif tensor.prepare:
+            values = apply_preparation(tensor.prepare, snapshot.read(tensor.source).float())
+            slabs = iter([values.reshape(-1, values.shape[-1])])
         else:
             slabs = snapshot.slabs(tensor.source, SLAB_WEIGHTS)
         for slab in slabs:
@@ -112,7 +125,7 @@ def _rounded(
 ) -> Iterator[Slab]:
     for tensor, first, slab in slabs:
         place = f"{where} {tensor.source}"
-        if _is_copied(snapshot, tensor):
+        if _is_copied(snapshot, tensor) or slab.dtype == torch.uint8:
             _check_copied(slab, tensor.grid.name, place)
             yield tensor, first, slab
             continue

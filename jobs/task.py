@@ -14,12 +14,24 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-Kind = Literal["fetch", "calibrate", "imatrix", "quantize", "assemble", "reference", "evaluate", "finish", "publish"]
+Kind = Literal[
+    "fetch",
+    "calibrate",
+    "imatrix",
+    "propagate",
+    "quantize",
+    "assemble",
+    "reference",
+    "evaluate",
+    "finish",
+    "publish",
+]
 # Raise a number when a step writes other bytes for the same spec: everything that depends on it is then done again.
 RECIPES: dict[Kind, int] = {
     "fetch": 1,
     "calibrate": 1,
     "imatrix": 1,
+    "propagate": 1,
     "quantize": 1,
     "assemble": 1,
     "reference": 1,

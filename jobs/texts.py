@@ -8,14 +8,15 @@ from typing import Literal
 from torch import Tensor
 
 from converter import calibration, dataset
-from converter.blocks import tokenizer
 from converter.manifest import Calibration, Evaluation
+from converter.tokenizer import tokenizer
 
 
-def text_rows(settings: Calibration | Evaluation, folder: Path, name: str, cache: Path) -> Tensor:
+def text_rows(settings: Calibration | Evaluation, folder: Path, name: str, cache: Path, closed: bool = False) -> Tensor:
     """The token rows [N, T] i64 of a manifest's text for the model in `folder`.
 
-    cache receives the files of a data set on a hub. Raises SourceError when the text cannot be read or is too short.
+    closed: a row is a whole text, so that it ends with what the tokenizer puts behind one. cache receives the files of
+    a data set on a hub. Raises SourceError when the text cannot be read or is too short.
     """
     split: Literal["calibration", "evaluation"] = "calibration" if isinstance(settings, Calibration) else "evaluation"
     loaded = tokenizer(folder, f"model '{name}'")
@@ -34,4 +35,5 @@ def text_rows(settings: Calibration | Evaluation, folder: Path, name: str, cache
         settings.seed if isinstance(settings, Calibration) else 0,
         f"{split} text of model '{name}'",
         loaded.prefix,
+        loaded.suffix if closed else (),
     )

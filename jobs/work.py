@@ -26,7 +26,19 @@ class Model:
 
     @property
     def blocks(self) -> int:
+        if self.architecture and self.architecture.blocks:
+            return self.architecture.blocks
         return block_count(self.snapshot.config) if self.architecture or self.snapshot.gguf else 0
+
+    @property
+    def runs(self) -> bool:
+        """Whether its blocks can be run one by one, to calibrate with and to measure what comes out."""
+        return self.architecture is not None and self.architecture.runs != "none"
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder, whose texts are whole ones."""
+        return self.architecture is not None and self.architecture.runs == "encoder"
 
     @cached_property
     def headers(self) -> Mapping[int | None, tuple[Header, ...]]:
@@ -83,8 +95,11 @@ class Work:
     artifact: ArtifactPlan | None = None
     tensors: tuple[TensorPlan, ...] = ()
     gram_taps: tuple[str, ...] = ()
+    drift_taps: tuple[str, ...] = ()
     imatrix_sha256: str = ""  # of the file that the target names, as it was planned with
-    calibrated: str = ""  # the key of the calibrate task that this step reads
+    calibrated: str = ""  # the key of the task whose statistics, or hidden state, this step reads
+    chained: str = ""  # the key of a propagate task: of the block before to the next, of a block to its quantize task
+    beside: str = ""  # the key of the calibrate task that left the original's hidden state in front of the block
     parts: Mapping[str, tuple[str, ...]] | None = None  # quantize key -> names of the tensors it holds
     assembled: str = ""
     referenced: str = ""

@@ -125,9 +125,12 @@ REFUSED: Mapping[str, tuple[Damage, str]] = {
     "config in another encoding": (content("config.json", b"\xff\xfe\x00"), r"config\.json: broken JSON"),
     "architectures as text": (config(architectures="Qwen3ForCausalLM"), r"not a list of names.*Mend config\.json"),
     "architectures of numbers": (config(architectures=[3]), r"gives \[3\] for architectures.*Mend config\.json"),
-    "too many blocks": (config(num_hidden_layers=3), r"gives 3 for num_hidden_layers, and the weights hold 2.*fetch"),
-    "too few blocks": (config(num_hidden_layers=1), r"gives 1 for num_hidden_layers, and the weights hold 2.*fetch"),
-    "blocks without end": (config(num_hidden_layers=10**9), r"gives 1000000000 for num_hidden_layers.*fetch"),
+    "too many blocks": (
+        config(num_hidden_layers=3),
+        r"counts 3 blocks, and the weights hold 2 of them: block 2 is missing.*fetch",
+    ),
+    "too few blocks": (config(num_hidden_layers=1), r"counts 1 blocks, and the weights hold block 1, too.*fetch"),
+    "blocks without end": (config(num_hidden_layers=10**9), r"counts 1000000000 blocks, and the weights hold 2.*fetch"),
     "no blocks": (config(num_hidden_layers=0), r"gives 0 for num_hidden_layers, not a number of blocks"),
     "less than no blocks": (config(num_hidden_layers=-2), r"gives -2 for num_hidden_layers, not a number of blocks"),
     "blocks in words": (config(num_hidden_layers="two"), r"gives 'two' for num_hidden_layers, not a number of blocks"),
@@ -138,9 +141,12 @@ REFUSED: Mapping[str, tuple[Damage, str]] = {
     "width left out": (config(hidden_size=...), r"shape \[4096, 64\], and config\.json makes it \[4096, 4096\]"),
     "another middle": (
         config(intermediate_size=99),
-        r"block 0: .*down_proj\.weight is \(64, 128\), not \(64, 99\)",
+        r"block 0 to 1: .*down_proj\.weight is \(64, 128\), not \(64, 99\)",
     ),
-    "another number of heads": (config(num_attention_heads=3), r"block 0: .*self_attn\.o_proj\.weight is \(64, 64\)"),
+    "another number of heads": (
+        config(num_attention_heads=3),
+        r"block 0 to 1: .*self_attn\.o_proj\.weight is \(64, 64\)",
+    ),
     "no heads": (config(num_attention_heads=0), r"cannot build a model from config\.json: .*zero\. Mend"),
     "text for a number": (config(rms_norm_eps="small"), r"cannot use config\.json: .*rms_norm_eps.*Mend config\.json"),
     "unknown activation": (config(hidden_act="bogus"), r"cannot build a model from config\.json: KeyError 'bogus'"),
@@ -149,7 +155,7 @@ REFUSED: Mapping[str, tuple[Damage, str]] = {
     "no model type": (config(model_type=...), r"cannot use config\.json: .*model_type.*Mend config\.json"),
     "another family": (
         config(model_type="llama"),
-        r"block 0: .*unexpected self_attn\.k_norm\.weight.*belongs",
+        r"block 0 to 1: .*unexpected self_attn\.k_norm\.weight.*fetch both",
     ),
     "code of its own": (config(auto_map={"AutoModel": "x.Y"}), r"asks for code .*never run.*Use a version"),
     "tensor left out": (weights(lambda tensors: tensors.pop(UP)), r"block 1: .*missing mlp\.up_proj\.weight"),
@@ -166,7 +172,7 @@ REFUSED: Mapping[str, tuple[Damage, str]] = {
     "empty folder": (empty, r"there is no \.safetensors file.*Check that this is a model"),
     "weights without a tensor": (lambda folder: save_file({}, folder / "model.safetensors"), r"hold no tensor.*Check"),
     "quantized before": (
-        config(quantization_config={"quant_method": "gptq"}),
-        r"already quantized by 'gptq'.*Take the model it was made from",
+        config(quantization_config={"quant_method": "aqlm"}),
+        r"already quantized by 'aqlm'.*Take the model it was made from",
     ),
 }

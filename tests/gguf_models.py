@@ -25,11 +25,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from converter.adapt import adapt
 from converter.architecture import Architecture, find
 from converter.containers import ArtifactPlan
 from converter.containers.gguf import GGUF
-from converter.containers.gguf.pretokenizer import QWEN2
-from converter.experts import separate
+from converter.containers.gguf.operations import apply_preparation
+from converter.containers.gguf.vocabulary.splittings import QWEN2
 from converter.manifest import Target
 from converter.source import Snapshot, open_folder
 
@@ -171,8 +172,7 @@ def save_model(
 
 def load(folder: Path) -> tuple[Snapshot, Architecture]:
     snapshot = open_folder(folder, "the test's model")
-    architecture = find(snapshot.config, "the test's model")
-    return separate(snapshot, architecture), architecture
+    return adapt(snapshot, find(snapshot.config, "the test's model"), "the test's model")
 
 
 def target(type: str, **more: Any) -> Target:
@@ -190,7 +190,8 @@ def write(
     def parts(name: str) -> Mapping[str, torch.Tensor]:
         tensor = planned[name]
         weights = (importance or {}).get(tensor.source)
-        return tensor.grid.encode(snapshot.read(tensor.source).float(), weights)
+        values = snapshot.read(tensor.source).float()
+        return tensor.grid.encode(apply_preparation(tensor.prepare, values) if tensor.prepare else values, weights)
 
     out.mkdir(exist_ok=True)
     GGUF.write(plan, snapshot, architecture, wanted, parts, out)

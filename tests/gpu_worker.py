@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from patience import PATIENCE_SECONDS
 from quantkernels.ggml import dequantize, quantize
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -69,7 +70,7 @@ def outcomes(cases: Mapping[str, Case]) -> dict[str, Outcome]:
         given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         paths = os.pathsep.join([str(source), str(source.parent / "kernels"), str(source.parent), *filter(None, given)])
         environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, __file__, str(path)], env=environment, check=True, timeout=500)
+        subprocess.run([sys.executable, __file__, str(path)], env=environment, check=True, timeout=PATIENCE_SECONDS)
         made: dict[str, Outcome] = pickle.loads(path.with_suffix(".made").read_bytes())
         return made
 

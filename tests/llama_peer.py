@@ -7,6 +7,7 @@ of ending them all, and the wheel's server was seen to wait for itself for ever 
 from __future__ import annotations
 
 import json
+import os
 import select
 import subprocess
 import sys
@@ -16,19 +17,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-PATIENCE_SECONDS = 60
+from patience import PATIENCE_SECONDS
+
+QUIET = os.environ | {"GGML_NO_BACKTRACE": "1"}  # or it starts gdb to say where it failed, which takes a minute
 
 
 class Llama:
     """A loaded GGUF file, to be used in a `with` statement. Its HTTP side listens on loopback only.
 
+    pooling: how `embeddings` are made of hidden states, NONE or MEAN, CLS, LAST; the file's own with UNSPECIFIED. Empty
+    for models that continue text.
     Raises RuntimeError with llama.cpp's own words when the file does not load.
     """
 
-    def __init__(self, path: Path, context: int = 512) -> None:
-        command = [sys.executable, __file__, str(path), str(context)]
+    def __init__(self, path: Path, context: int = 512, pooling: str = "") -> None:
+        command = [sys.executable, __file__, str(path), str(context), pooling]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUIET
         )
         self.address = str(self._answer())
 
@@ -55,11 +60,21 @@ class Llama:
 
     def tokenize(self, text: str, special: bool = True) -> list[int]:
         """The ids of `text`; with `special`, the special tokens in it and around it count as such."""
-        body = json.dumps({"content": text, "add_special": special, "parse_special": special}).encode()
-        request = urllib.request.Request(f"{self.address}/tokenize", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as answer:
-            tokens: list[int] = json.load(answer)["tokens"]
+        answer = self._post("tokenize", {"content": text, "add_special": special, "parse_special": special})
+        tokens: list[int] = answer["tokens"]
         return tokens
+
+    def embeddings(self, ids: Sequence[int]) -> list[list[float]]:
+        """What pooling makes of the hidden states of `ids`, not normalised; without pooling, a vector for each."""
+        answer = self._post("embeddings", {"content": list(ids), "embd_normalize": -1})
+        found: list[list[float]] = answer[0]["embedding"]
+        return found
+
+    def _post(self, place: str, content: dict[str, Any]) -> Any:
+        body = json.dumps(content).encode()
+        request = urllib.request.Request(f"{self.address}/{place}", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as answer:
+            return json.load(answer)
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
@@ -72,7 +87,7 @@ class Llama:
         return json.loads(line)
 
 
-def serve(path: str, context: int) -> None:
+def serve(path: str, context: int, pooling: str) -> None:
     """Load the file, say the server's address, then answer one completion request per line."""
     import xllamacpp
 
@@ -89,6 +104,9 @@ def serve(path: str, context: int) -> None:
     # The cache is f16 by default, which alone moves log-probabilities by 1e-3.
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if pooling:
+        settings.embedding = True
+        settings.pooling_type = xllamacpp.llama_pooling_type[f"LLAMA_POOLING_TYPE_{pooling}"]
     server = xllamacpp.Server(settings)
     print(json.dumps(server.listening_address), flush=True)
     for line in sys.stdin:
@@ -96,4 +114,4 @@ def serve(path: str, context: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))
+    serve(sys.argv[1], int(sys.argv[2]), sys.argv[3])

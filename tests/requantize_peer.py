@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import quantize_peer as peer
+from patience import PATIENCE_SECONDS
 
 
 def requantize(
@@ -31,7 +32,7 @@ def requantize(
     weights = out.with_suffix(".npz")
     np.savez(weights, **dict(importance or {}))
     command = [sys.executable, __file__, str(folder), str(source), str(out), str(number), str(weights), str(int(allow))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
     if done.returncode:
         return f"llama.cpp ended with {done.returncode}: {done.stderr[-2000:]}"
     said: str = json.loads(done.stdout.splitlines()[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 
 import pytest
@@ -52,12 +52,12 @@ def test_closing_early_ends_every_thread() -> None:
 
 
 def test_stages_overlap() -> None:
-    def slowly(items: Iterator[int] | range) -> Iterator[int]:
+    together = threading.Barrier(3, timeout=60)  # which nobody passes alone
+
+    def wait_at(number: int, items: Iterable[int]) -> Iterator[int]:
         for item in items:
-            time.sleep(0.05)
+            if item == number:
+                together.wait()
             yield item
 
-    start = time.monotonic()
-    for _ in ahead(slowly(ahead(slowly(range(10))))):
-        time.sleep(0.05)
-    assert time.monotonic() - start < 1.1  # one after the other would take 1.5
+    assert list(wait_at(0, ahead(wait_at(1, ahead(wait_at(2, range(10))))))) == list(range(10))

@@ -20,6 +20,7 @@ from starlette.responses import Response
 from bad_models import EMBEDDING, NORM, REFUSED, UP, config, weights
 from command import Command, hubmill
 from hub_server import HubServer, hub_server
+from patience import PATIENCE_SECONDS
 from small_run import ROOT, TARGETS, write_manifest, write_model
 
 __all__ = ["hub_server", "hubmill"]  # fixtures
@@ -337,10 +338,11 @@ def test_a_hub_that_lists_names_outside_is_refused(name: str, on_hub: HubServer,
     assert not list(place.rglob("evil.json"))
 
 
+@pytest.mark.slow
 def test_a_refusal_shows_no_traceback_in_a_process_of_its_own(place: Path) -> None:
     config(hidden_act="bogus")(place / "model")
     command = [sys.executable, "-m", "converter.cli", "convert", str(place / "small.yaml"), "--out", str(place / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_SECONDS, check=False)
     assert done.returncode == 3
     assert "Traceback" not in done.stdout + done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("model 'model': transformers cannot build a model")

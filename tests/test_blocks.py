@@ -21,13 +21,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from converter import architecture, tensor_file
+from converter.activations import quantize_inputs
 from converter.architecture import Architecture
-from converter.blocks import Decoder, quantize_tokens, tokenizer
+from converter.blocks import Decoder
 from converter.calibrate import CalibratedBlock, calibrate_block
 from converter.errors import NumericsError, SourceError, UnsupportedError
+from converter.schemes import TOKEN_INT8, Activations
 from converter.stats import observe, pack, unpack
+from converter.tokenizer import tokenizer
 from converter.workers import Workers
 from decoder_models import FAMILIES, build, tensors_of
+from patience import PATIENCE_SECONDS
 
 BLOCKS, LENGTH, VOCABULARY = 3, 20, 97
 ROWS = torch.randint(0, VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(5))
@@ -226,11 +230,15 @@ def test_quantized_activations_reach_the_linear_and_not_the_statistics(
     quantized: list[Tensor] = []
     exact = decoder.run_block(0, tensors, hidden, lambda n, seen: plain.append(seen["mlp_middle"]))
     rounded = decoder.run_block(
-        0, tensors, hidden, lambda n, seen: quantized.append(seen["mlp_middle"]), activation_bits={linear: 8}
+        0,
+        tensors,
+        hidden,
+        lambda n, seen: quantized.append(seen["mlp_middle"]),
+        activations={linear: TOKEN_INT8},
     )
     assert torch.equal(torch.stack(plain), torch.stack(quantized))
     module = model.model.layers[0].get_submodule(linear)
-    handle = module.register_forward_pre_hook(lambda _, args: (quantize_tokens(args[0], 8),))
+    handle = module.register_forward_pre_hook(lambda _, args: (quantize_inputs(args[0], TOKEN_INT8),))
     expected = torch.stack([reference(model, row)[0][1] for row in ROWS])
     handle.remove()
     assert torch.equal(rounded, expected)
@@ -248,7 +256,9 @@ def test_token_quantization_equals_compressed_tensors(bits: int) -> None:
     hidden[1, 3] = 0
     args = QuantizationArgs(num_bits=bits, strategy="token", dynamic=True, symmetric=True)
     scale, zero_point = helpers.compute_dynamic_scales_and_zp(hidden, args, nn.Identity())
-    assert torch.equal(quantize_tokens(hidden, bits), fake_quantize(hidden, scale, zero_point, args))
+    assert torch.equal(
+        quantize_inputs(hidden, Activations(values="int", bits=bits)), fake_quantize(hidden, scale, zero_point, args)
+    )
 
 
 def test_wrong_tensors_are_named(models: Mapping[str, tuple[Path, PreTrainedModel]]) -> None:
@@ -477,7 +487,9 @@ def test_a_decoder_and_its_threads_go_with_its_last_name(models: Mapping[str, tu
 def test_peak_memory_does_not_follow_the_number_of_blocks() -> None:
     script = Path(__file__).parent.parent / "benchmarks" / "calibration_memory.py"
     options = ["--blocks", "4", "32", "--hidden", "256", "--sequences", "4", "--length", "64"]
-    run = subprocess.run([sys.executable, script, *options], check=True, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, script, *options], check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     shallow, deep, _ = map(json.loads, run.stdout.splitlines())
     # 28 more blocks of 2.9 MB would be 82 MB; their modules on meta were measured at 0.1 MB each
     assert deep["peak_bytes"] - shallow["peak_bytes"] < 10 * shallow["block_bytes"]

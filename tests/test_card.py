@@ -190,6 +190,11 @@ def test_norwegian_stays_norwegian_and_one_language_stays_one(tmp_path: Path) ->
     assert front_of(made(tmp_path, readme="---\nlanguage: no\n---\n"))["language"] == "no"
 
 
+def test_data_sets_of_the_original_are_named(tmp_path: Path) -> None:
+    readme = "---\ndatasets: [org/one, 'C:\\x', [a], org/two]\n---\n"
+    assert front_of(made(tmp_path, readme=readme))["datasets"] == ["org/one", "org/two"]
+
+
 def test_licence_text_is_found_from_the_artifact(tmp_path: Path) -> None:
     readme = "---\nlicense: other\nlicense_name: mine-1\nlicense_link: LICENSE\n---\n"
     files = {"README.md": 1, "LICENSE": 9}

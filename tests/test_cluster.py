@@ -19,6 +19,7 @@ from converter import manifest as manifests
 from converter.progress import Event
 from jobs.convert import Run, convert
 from jobs.store import file_sha256
+from patience import PATIENCE_SECONDS
 from small_run import ROOT, TARGETS, write_manifest, write_model
 
 RAY = Path(sys.executable).parent / "ray"
@@ -101,7 +102,7 @@ def test_a_cluster_writes_the_same_bytes_also_when_a_node_dies(
     while time.monotonic() < deadline and not (events.is_file() and events.read_text().count('"done"') >= 2):
         time.sleep(0.1)
     os.killpg(victim.pid, signal.SIGKILL)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, output
     assert sums(tmp_path / "there") == sums(tmp_path / "here")
     attempts = tmp_path / "there" / "small" / ".work" / "attempts"

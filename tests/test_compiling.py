@@ -15,6 +15,7 @@ import pytest
 import torch
 from numba.core.dispatcher import Dispatcher
 
+from patience import PATIENCE_SECONDS
 from quantkernels import columns, ggml, scales
 from quantkernels.compiling import compiled, digest
 from quantkernels.compiling import kernel as made_kernel
@@ -62,7 +63,7 @@ def start(folder: Path, code: str = RUN, **environment: str) -> subprocess.Popen
 
 def answer(running: subprocess.Popen[str]) -> tuple[str, str]:
     """What a process printed, and what it said beside; it must have ended well."""
-    out, beside = running.communicate(timeout=120)
+    out, beside = running.communicate(timeout=PATIENCE_SECONDS)
     assert running.returncode == 0, beside
     return out.strip(), beside
 
@@ -132,6 +133,7 @@ def kernels() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_every_kernel_is_called_with_one_signature() -> None:
     """What would let two processes mix up their machine code: see the note in quantkernels/compiling.py."""
     random = torch.Generator().manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from converter.adapt import adapt
 from converter.architecture import find
 from converter.blocks import Decoder
 from converter.calibrate import calibrate_block
 from converter.errors import SourceError
-from converter.experts import separate
 from converter.source import Snapshot, open_folder
 
 SHAPE: dict[str, Any] = {
@@ -70,10 +71,9 @@ def build(family: str, folder: Path, fused: bool) -> PreTrainedModel:
 
 def opened(folder: Path) -> tuple[Snapshot, Decoder]:
     snapshot = open_folder(folder, "test")
-    architecture = find(snapshot.config, "test")
-    snapshot = separate(snapshot, architecture)
+    snapshot, architecture = adapt(snapshot, find(snapshot.config, "test"), "test")
     decoder = Decoder(folder, architecture, "test", stored=snapshot.tensors)
-    decoder.check({name: header.shape for name, header in snapshot.tensors.items()}, architecture)
+    decoder.check({name: header.shape for name, header in snapshot.tensors.items()})
     return snapshot, decoder
 
 
@@ -114,8 +114,8 @@ def test_each_expert_counts_the_rows_that_reach_it(tmp_path: Path) -> None:
 def test_a_wrong_number_of_experts_is_told(tmp_path: Path) -> None:
     build("qwen3_moe", tmp_path, fused=True)
     snapshot = open_folder(tmp_path, "test")
-    wrong = find({**snapshot.config, "num_local_experts": 3}, "test")
-    with pytest.raises(SourceError, match="counts 3 experts"):
-        separate(snapshot, wrong)
-    with pytest.raises(SourceError, match="num_local_experts"):
-        find({**snapshot.config, "num_local_experts": None}, "test")
+    architecture = find(snapshot.config, "test")
+    for count, said in ((3, "counts 3 experts"), (None, "num_local_experts")):
+        wrong = replace(snapshot, config={**snapshot.config, "num_local_experts": count})
+        with pytest.raises(SourceError, match=said):
+            adapt(wrong, architecture, "test")

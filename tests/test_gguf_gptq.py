@@ -27,6 +27,7 @@ from converter.stats import observe
 from llama_peer import Llama
 from quantkernels.ggml import TYPES
 from test_gguf_consumer import PROMPT, decoded_model, tolerance
+from tiny_families import few
 
 WIDTH = 256
 TYPED = [name for name in TYPES if name not in ("F32", "F16", "BF16")]
@@ -58,7 +59,7 @@ def output_error(coded: Coded, weight: Tensor) -> float:
     return float((hidden().double() @ (coded.decode() - weight).double().T).square().sum())
 
 
-@pytest.mark.parametrize("type", TYPED)
+@pytest.mark.parametrize("type", few(TYPED, ("Q4_K", "Q2_K", "Q8_0", "IQ4_XS", "IQ2_S")))
 def test_gptq_has_far_less_output_error_than_the_search_in_as_many_bytes(type: str) -> None:
     given = block(hidden())
     chosen = grids(given, GgmlGrid(type=type))
@@ -158,7 +159,7 @@ def solved_parts(folder: Path, type: str) -> dict[str, Coded]:
     return coded
 
 
-@pytest.mark.parametrize("type", ["Q4_K_M", "Q2_K", "IQ4_XS", "IQ2_XS", "IQ3_XXS"])
+@pytest.mark.parametrize("type", few(["Q4_K_M", "Q2_K", "IQ4_XS", "IQ2_XS", "IQ3_XXS"], ("Q4_K_M", "IQ2_XS")))
 def test_llama_cpp_computes_with_a_solved_file_what_our_decoder_says(model: Path, type: str, tmp_path: Path) -> None:
     snapshot, architecture = tiny.load(model)
     coded = solved_parts(model, type)

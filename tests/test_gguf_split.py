@@ -181,6 +181,7 @@ def test_merging_gives_the_bytes_of_the_file_that_was_never_split(whole: Path, s
     assert [path.name for path in tmp_path.iterdir()] == ["one.gguf"]
 
 
+@pytest.mark.slow
 def test_the_command_merges_and_tells_what_it_refuses(whole: Path, split: Path, tmp_path: Path) -> None:
     out = tmp_path / "one.gguf"
     done = hubmill("merge", first_of(split), out)

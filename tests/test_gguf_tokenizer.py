@@ -9,16 +9,6 @@ from typing import Any
 import pytest
 
 import gguf_models as tiny
-from converter.containers.gguf.pretokenizer import (
-    GPT2,
-    LLAMA3,
-    QWEN2,
-    SPLITTINGS,
-    Splitting,
-    differences,
-    recognise,
-    splits,
-)
 from converter.containers.gguf.tokenizer import describe_tokenizer
 from converter.errors import UnsupportedError
 
@@ -29,65 +19,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def pieces(steps: tuple[str, ...]) -> list[Any]:
-    splitter = tiny.byte_level(steps, size=300).pre_tokenizer
-    return [piece for piece, _ in splitter.pre_tokenize_str(tiny.HARD_TEXT)]
-
-
-def test_the_hard_text_tells_all_splittings_apart() -> None:
-    # Otherwise the agreement with llama.cpp on this text, in test_gguf_consumer, would prove nothing.
-    different = {row.steps for row in SPLITTINGS}
-    assert len({tuple(pieces(steps)) for steps in different}) == len(different)
-
-
-def definition(*steps: dict[str, Any], **model: Any) -> dict[str, Any]:
-    start = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
-    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": list(steps)}, "model": start | model}
-
-
-def split(pattern: str, behavior: str = "Isolated", invert: bool = False) -> dict[str, Any]:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
-
-
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-GPT2_BYTES = BYTES | {"use_regex": True}
-
-
-def test_a_pre_tokenizer_is_recognised_however_it_is_written() -> None:
-    spelled = LLAMA3.replace(
-        "(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-    )
-    assert spelled != LLAMA3
-    for written in (split(LLAMA3), split(spelled), split(LLAMA3, "Removed", True)):
-        assert recognise(definition(written, BYTES, ignore_merges=True), True, "t") == "llama-bpe"
-    assert recognise({**definition(), "pre_tokenizer": GPT2_BYTES}, True, "t") == "gpt-2"
-    digits = {"type": "Digits", "individual_digits": True}
-    assert recognise(definition(digits, GPT2_BYTES), False, "t") == "smollm"
-    nfc = {"normalizer": {"type": "NFC"}, **definition(split(QWEN2), BYTES)}
-    assert recognise(nfc, False, "t") == "qwen2"
-    assert splits(definition(split(QWEN2), GPT2_BYTES), "t") == (QWEN2, GPT2)
-
-
-def test_skipping_merges_decides_only_when_merges_do_not_reach_a_token() -> None:
-    assert recognise(definition(split(QWEN2), BYTES, ignore_merges=True), False, "t") == "qwen2"
-    stranded = definition(split(QWEN2), BYTES, ignore_merges=True, vocab={"a": 0, "b": 1, "ba": 2})
-    with pytest.raises(UnsupportedError, match="'ba'"):
-        recognise(stranded, False, "t")
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (definition(split(QWEN2.replace(r"\p{N}", r"\p{N}{1,2}", 1)), BYTES), r"\\p\{N\}\{1,2\}.*the nearest is '"),
-        (definition(split(QWEN2), BYTES | {"add_prefix_space": True}), "add_prefix_space"),
-        (definition({"type": "WhitespaceSplit"}, BYTES), "WhitespaceSplit"),
-        (definition(split(QWEN2, "MergedWithNext"), BYTES), "MergedWithNext"),
-        ({**definition(split(QWEN2), BYTES), "normalizer": {"type": "Lowercase"}}, "Lowercase"),
-    ],
-)
-def test_an_unknown_way_of_splitting_is_refused_with_its_pattern(content: dict[str, Any], words: str) -> None:
-    with pytest.raises(UnsupportedError, match=words):
-        recognise(content, False, "t")
 
 
 def fields_of(folder: Path, rows: int = 1024) -> dict[str, Any]:
@@ -113,12 +45,6 @@ def test_text_that_readers_take_otherwise_is_told(folder: Path, tmp_path: Path) 
     tiny.edit_json(folder / "tokenizer.json", normalizer={"type": "NFC"})
     (said,) = notes_of(folder)
     assert "do not normalise text (NFC)" in said
-
-
-@pytest.mark.parametrize("splitting", SPLITTINGS, ids=lambda row: row.name)
-def test_only_splittings_that_are_not_exact_are_told_of(splitting: Splitting) -> None:
-    told = differences(definition(), splitting.name)
-    assert len(told) == (0 if splitting.exact else 1) and all(splitting.name in text for text in told)
 
 
 def test_added_tokens_without_a_row_are_left_out_and_told_of(folder: Path) -> None:

@@ -28,6 +28,8 @@ from quantkernels.ggml.gpu import FIELDS, FLOATS, launches, reading
 from quantkernels.ggml.gpu.launch import Launch
 from test_ggml_kernels import Floats, assert_same_blocks, hard_rows, heavy_tailed, importances
 
+pytestmark = pytest.mark.slow
+
 NAMES = list(FIELDS)
 WEIGHED = [name for name in NAMES if TYPES[name].uses_importance]
 TOO_LARGE = ["Q8_0", "Q4_1", "Q2_K", "IQ4_XS", "TQ1_0", "NVFP4"]
@@ -111,7 +113,6 @@ def test_bytes_equal_the_cpu_with_importance(name: str, made: dict[str, Outcome]
     assert_same_blocks(got, quantize(small_rows(), name, small_importance("holes")), name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["usual", "ones", "zeros", "wide"])
 @pytest.mark.parametrize("name", WEIGHED)
 def test_bytes_equal_the_cpu_with_any_importance(name: str, kind: str, made_weighed: dict[str, Outcome]) -> None:
@@ -236,7 +237,6 @@ def test_compiled_kernels_never_fuse_flush_or_approximate(name: str) -> None:
     check_arithmetic(name, torch.bfloat16)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
 def test_all_compiled_kernels_never_fuse_flush_or_approximate(name: str, dtype: torch.dtype) -> None:

@@ -23,6 +23,8 @@ from quantkernels.ggml.lattice import SHELLS, lattice
 from test_ggml_kernels import Floats, assert_same_blocks, hard_rows, heavy_tailed, importances
 from test_gpu_kernels import check_arithmetic
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M"]
 ALONE = [name for name in NAMES if not TYPES[name].needs_importance]
 REFUSED = [*((name, "overflowing") for name in NAMES), ("IQ3_XXS", "outliers"), ("IQ2_S", "outliers")]
@@ -104,7 +106,6 @@ def test_bytes_equal_the_reference_without_importance(name: str, made: dict[str,
     check_equal(name, cases()[f"{name} alone"], made[f"{name} alone"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_equal_the_reference_on_many_rows_and_tiles(name: str) -> None:
     rows = many_rows()
@@ -171,7 +172,6 @@ def test_compiled_kernels_never_fuse_flush_or_approximate(name: str) -> None:
     check_arithmetic(name, torch.bfloat16)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)

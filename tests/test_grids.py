@@ -278,7 +278,7 @@ def test_weights_in_several_chunks_equal_one_chunk(monkeypatch: pytest.MonkeyPat
     for observer in ("mse", "kl", "percentile"):
         grid = AffineGrid(bits=4, observer=observer, symmetric=False)
         whole = grid.encode(weight, None)
-        monkeypatch.setattr("converter.grids.affine.CHUNK_WEIGHTS", 128)
+        monkeypatch.setattr("converter.grids.parts.CHUNK_WEIGHTS", 128)
         pieces = grid.encode(weight, None)
         assert all(torch.equal(whole[name], pieces[name]) for name in whole)
         assert torch.equal(grid.decode(whole), grid.decode(pieces))

@@ -24,8 +24,11 @@ DOORS = {
     "pydantic_core": ("converter/manifest_fields.py",),
     "yaml": ("converter/marks.py", "converter/architecture.py"),
     "huggingface_hub": ("converter/hub.py", "converter/hub_publish.py"),
-    "transformers": ("converter/blocks.py",),
+    "transformers": ("converter/skeleton.py", "converter/tokenizer.py"),
     "safetensors": ("converter/tensor_file.py", "converter/source.py", "converter/containers/"),
+    "tokenizers": ("converter/containers/gguf/vocabulary/",),
+    "sentencepiece": ("converter/containers/gguf/vocabulary/sentencepiece.py",),
+    "google": ("converter/containers/gguf/vocabulary/sentencepiece.py",),
     "gguf": ("converter/containers/gguf/", "kernels/quantkernels/ggml/lattice.py"),
     "pyarrow": ("converter/containers/", "converter/compare/tables.py", "converter/dataset.py"),
     "jinja2": ("converter/compare/report.py",),
@@ -34,6 +37,10 @@ DOORS = {
 }
 PURE = (
     "converter/architecture.py",
+    "converter/expression.py",
+    "converter/views.py",
+    "converter/usual.py",
+    "converter/adapt.py",
     "converter/stats.py",
     "converter/schemes.py",
     "converter/manifest_rules.py",
@@ -46,6 +53,7 @@ PURE = (
     "converter/containers/gguf/choice.py",
     "converter/containers/gguf/mixing.py",
     "converter/containers/gguf/mixture.py",
+    "converter/containers/gguf/operations.py",
     "jobs/task.py",
     "jobs/work.py",
     "jobs/needs.py",
@@ -86,7 +94,7 @@ def test_floors_know_only_what_lies_below(name: str) -> None:
 def test_pure_code_has_no_side_effects(name: str) -> None:
     for number, line in enumerate((ROOT / name).read_text("utf-8").splitlines(), start=1):
         code = line.split("#")[0]
-        if name == "converter/architecture.py" and "file.read_text" in code:
+        if name == "converter/architecture.py" and "(folder / name).read_text" in code:
             continue  # the package's own data files
         assert not IMPURE.search(code), f"{name}:{number}: {line.strip()}"
 

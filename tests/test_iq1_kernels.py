@@ -1,25 +1,27 @@
-"""IQ1_S and IQ1_M: byte equality with stock ggml, and the thorough search against every point at every scale."""
+"""IQ1_S and IQ1_M: sorting, packing, and the thorough search against every point at every scale.
+
+`test_ggml_kernels.py` compares all types with stock ggml.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ggml_peer import dequantize as peer_dequantize
 from ggml_peer import library as peer_library
 from ggml_peer import quantize as peer_quantize
 from quantkernels.compiling import compiled
-from quantkernels.ggml import TYPES, Backend, dequantize, quantize
+from quantkernels.ggml import TYPES, dequantize
 from quantkernels.ggml.cpu.lanes import WIDTH
 from quantkernels.ggml.cpu.lanes_sort import network, sort_16, sort_32, sort_keys
 from quantkernels.ggml.packing.iq1 import pack_iq1, unpack_fields
 from quantkernels.ggml.thorough.cpu_iq1 import quantize_thorough
 from quantkernels.ggml.thorough.reference_iq1 import errors_of_d, parabolas_of, split_groups
 from quantkernels.ggml.thorough.reference_iq1 import quantize_thorough as thorough_truth
-from test_ggml_kernels import Floats, assert_same_blocks, hard_rows, heavy_tailed, importances
+from test_ggml_kernels import Floats, hard_rows, heavy_tailed, importance_of, importances
+
+pytestmark = pytest.mark.slow
 
 Bytes = NDArray[np.uint8]
 
@@ -29,104 +31,11 @@ WEIGHED_AND_NOT.append(("IQ1_M", "none"))
 needs_peer = pytest.mark.skipif(peer_library() is None, reason="xllamacpp is not installed")
 
 
-def importance_of(random: np.random.Generator, columns: int, kind: str) -> Floats | None:
-    return None if kind == "none" else importances(random, columns)[kind]
-
-
-@needs_peer
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize(("name", "kind"), WEIGHED_AND_NOT)
-def test_bytes_equal_ggml(name: str, kind: str, backend: Backend) -> None:
-    random = np.random.default_rng(1)
-    rows = hard_rows(random, 768)
-    importance = importance_of(random, 768, kind)
-    assert_same_blocks(quantize(rows, name, importance, backend=backend), peer_quantize(rows, name, importance), name)
-
-
-@needs_peer
-@pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    count=st.integers(1, 20),
-    width=st.integers(1, 3),
-    exponent=st.integers(-44, 4),
-    shift=st.sampled_from([0.0, -1.0, 1.0, 30.0]),
-    kind=st.sampled_from(["none", "usual", "holes", "wide"]),
-    steps=st.sampled_from([0, 1, 4]),
-)
-def test_any_shape_and_scale_equals_truth_and_ggml(
-    name: str, seed: int, count: int, width: int, exponent: int, shift: float, kind: str, steps: int
-) -> None:
-    random = np.random.default_rng(seed)
-    wide = (heavy_tailed(random, count, width * 256) + np.float32(shift)).astype(np.float64)
-    if steps:  # many equal weights: the order of equals reaches the bytes
-        wide = np.round(wide * 20 * steps) / steps
-    rows = (wide * 10.0**exponent).astype(np.float32)
-    importance = importance_of(random, width * 256, "usual" if name == "IQ1_S" and kind == "none" else kind)
-    try:
-        got = quantize(rows, name, importance)
-    except ValueError as error:
-        assert "beyond float16" in str(error)
-        return
-    assert_same_blocks(got, quantize(rows, name, importance, backend="reference"), name)
-    assert_same_blocks(got, peer_quantize(rows, name, importance), name)
-
-
-@needs_peer
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "kind"), [("IQ1_S", "usual"), ("IQ1_S", "wide"), ("IQ1_M", "usual"), ("IQ1_M", "none")]
-)
-def test_bytes_equal_ggml_on_a_hundred_thousand_blocks(name: str, kind: str) -> None:
-    blocks = 0
-    for seed in range(1000):
-        random = np.random.default_rng(seed)
-        rows = np.concatenate([heavy_tailed(random, 128, 4096), hard_rows(random, 4096)])
-        importance = importance_of(random, 4096, kind)
-        assert_same_blocks(quantize(rows, name, importance), peer_quantize(rows, name, importance), name)
-        blocks += rows.size // 256
-        if blocks >= 100_000:
-            break
-
-
-@needs_peer
-@pytest.mark.parametrize("name", NAMES)
-def test_dequantized_random_bytes_equal_ggml_bit_for_bit(name: str) -> None:
-    blocks = np.random.default_rng(2).integers(0, 256, (200, TYPES[name].size_bytes), np.uint8)
-    blocks[:, 1 if name == "IQ1_S" else 55] &= 0xBB  # no infinite or NaN d
-    got = dequantize(blocks, name)
-    assert np.array_equal(got.view(np.uint32), peer_dequantize(blocks, name, 256).view(np.uint32))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_packing_gives_back_the_bytes_it_read(name: str) -> None:
     blocks = np.random.default_rng(3).integers(0, 256, (200, TYPES[name].size_bytes), np.uint8)
     blocks[:, 1 if name == "IQ1_S" else 55] &= 0xBB
     assert np.array_equal(pack_iq1(name, unpack_fields(blocks, name)), blocks)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_scale_beyond_float16_is_refused_by_row_and_columns(name: str, backend: Backend) -> None:
-    rows = np.full((20, 512), 0.5, np.float32)
-    rows[13, 256::2] = -3e9
-    with pytest.raises(ValueError, match="row 13 columns 256 to 511 is beyond float16"):
-        quantize(rows, name, np.ones(512, np.float32), backend=backend)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("name", NAMES)
-def test_sums_that_overflow_are_refused_where_ggml_stores_zeros_or_stops(name: str, backend: Backend) -> None:
-    rows = heavy_tailed(np.random.default_rng(4), 3, 256)
-    rows[1] *= np.float32(1e30)
-    with pytest.raises(ValueError, match="row 1 columns 0 to 255 is beyond float16"):
-        quantize(rows, name, np.ones(256, np.float32), backend=backend)
-
-
-def test_iq1_s_is_refused_without_importance() -> None:
-    with pytest.raises(ValueError, match="IQ1_S cannot be made without importance"):
-        quantize(np.ones((1, 256), np.float32), "IQ1_S")
 
 
 @pytest.mark.parametrize("count", [2, 16, 32, 256])

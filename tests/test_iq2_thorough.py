@@ -15,6 +15,8 @@ from quantkernels.ggml.thorough.cpu_iq2 import quantize_thorough
 from quantkernels.ggml.thorough.reference_iq2 import quantize_iq2_thorough
 from test_ggml_kernels import assert_same_blocks, hard_rows, heavy_tailed, importances
 
+pytestmark = pytest.mark.slow
+
 Floats = NDArray[np.float32]
 
 NAMES = ["IQ2_XXS", "IQ2_XS", "IQ2_S"]

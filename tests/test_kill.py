@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE_SECONDS
 from small_run import ROOT, TARGETS, write_manifest, write_model
 
 pytestmark = pytest.mark.slow
 KILLS = 15
-LONGEST = 120.0  # seconds; a run that needs more without being killed is stuck
 GONE = 30.0  # seconds that the workers of a killed driver may take to notice
 # Ray's own agents, which do no work, first try for a minute to tell a dead cluster that it is dead (ray 2.60).
 AGENTS, AGENTS_GONE = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent"), 120.0
@@ -76,7 +76,11 @@ def expected(place: Path) -> dict[str, str]:
     begin = time.monotonic()
     command = [sys.executable, "-m", "converter.cli", "convert", str(place / "small.yaml"), "--out", str(whole)]
     subprocess.run(
-        [*command, "--executor", "inprocess", "--json"], cwd=ROOT, timeout=LONGEST, check=True, capture_output=True
+        [*command, "--executor", "inprocess", "--json"],
+        cwd=ROOT,
+        timeout=PATIENCE_SECONDS,
+        check=True,
+        capture_output=True,
     )
     (whole / "seconds").write_text(str(time.monotonic() - begin))
     return sums(whole / "small")
@@ -106,7 +110,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(
                 name: sha256 for name, sha256 in there.items() if Path(name).parts[:2] == artifact
             }
     process = start(place, executor)
-    assert process.wait(timeout=LONGEST) == 0
+    assert process.wait(timeout=PATIENCE_SECONDS) == 0
     assert not wait_for_nobody(place, executor, agents=True)
     assert sums(run) == expected
     check_leftovers(run)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from patience import PATIENCE_SECONDS
 from quantkernels.ggml.lattice import SHELLS, UNREACHABLE, Lattice, lattice
 
 SIZES = {
@@ -106,7 +107,9 @@ print(int(lattice("IQ3_S").neighbours.astype(np.int64).sum()))
 def run(folder: Path, how: str) -> str:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder)}
     command = [sys.executable, "-c", PROGRAM, how]
-    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    ).stdout
 
 
 def test_what_is_kept_on_disk_is_used_without_gguf_and_rebuilt_when_cut_off(tmp_path: Path) -> None:

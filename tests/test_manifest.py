@@ -94,6 +94,18 @@ def test_quickstart_is_the_contract_of_the_design() -> None:
     assert manifest.targets["int2"].where.endswith("manifests/quickstart.yaml:12")
 
 
+@pytest.mark.parametrize("given", ["awq", "smoothquant", "[awq]", "[smoothquant, awq]"])
+def test_transforms_alone_are_followed_by_rounding_to_nearest(folder: Path, given: str) -> None:
+    manifest = read(folder, changed("[smoothquant, gptq]\n    smoothing_strength: 0.5\n    damping: 1e-2", given))
+    assert manifest.targets["w8a8"].methods == (*given.strip("[]").split(", "), "rtn")
+
+
+def test_awq_weighs_by_the_statistics_that_it_brings() -> None:
+    target = Target(name="t", format="compressed-tensors", scheme="W4A16_ASYM", methods=("awq",))
+    assert target.methods == ("awq", "rtn") and target.with_defaults().collects_imatrix
+    assert not target.model_copy(update={"methods": ("smoothquant", "rtn")}).with_defaults().collects_imatrix
+
+
 def test_jobs_are_models_times_targets_with_selection_overrides_and_exclude(folder: Path) -> None:
     manifest = read(folder, GOOD)
     jobs = {job.key: job.target for job in manifest.jobs()}
@@ -257,7 +269,8 @@ CASES = [
     ("type: Q8_0", "type: Q8_0, metadata: {a.b: [1]}", "8:52: target 'q8-0': metadata a.b takes one value, not a list"),
     ("type: Q8_0", "type: Q8_0, metadata: all", "8:46: target 'q8-0': metadata "),
     ("type: Q8_0", "type: Q8_0, bits_per_weight: 4.5", "8:36: target 'q8-0': the search that bits_per_weight asks for"),
-    ("type: Q8_0", "type: Q8_0, propagate: quantized", "8:47: target 'q8-0': propagate 'quantized' does not work yet"),
+    ("type: Q8_0", "type: Q8_0, propagate: quantized", "8:47: target 'q8-0': propagate quantized has no effect"),
+    ("type: Q8_0", "type: Q8_0, propagate: quantised", "propagate 'quantised' is not known. Did you mean 'quantized'?"),
     ("output: F16", "output: Q4_K_M", "Q4_K_M is a mixture for whole files"),
     ("output: F16", "output: q6_k", "gguf cannot store rule type 'q6_k'. Did you mean 'Q6_K'?"),
     ("output: F16", "\"(\": F16", "8:44: target 'q8-0': rule pattern '(' is not a regular expression: "),
@@ -274,7 +287,6 @@ CASES = [
     ("scheme: W8A8", "scheme: W4A16\n    symmetric: false", "Write scheme: W4A16_ASYM, and remove symmetric."),
     ("[smoothquant, gptq]", "[gptq, smoothquant]", "13:13: target 'w8a8': method has smoothquant after the rounder gp"),
     ("[smoothquant, gptq]", "[smoothquant, rtn, gptq]", "13:13: target 'w8a8': method has 2 rounders (rtn, gptq). "),
-    ("[smoothquant, gptq]", "[smoothquant]", "13:13: target 'w8a8': method has no rounder"),
     ("[smoothquant, gptq]", "[]", "13:13: target 'w8a8': method has no rounder"),
     ("[smoothquant, gptq]", "[smothquant, gptq]", "13:14: target 'w8a8': method 1 'smothquant' is not known. Did you "),
     ("smoothing_strength: 0.5", "smoothing_strength: 1.5", "14:25: target 'w8a8': smoothing_strength '1.5' should be "),

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from converter.architecture import find
-from converter.blocks import quantize_tokens
+from converter.activations import quantize_inputs
 from converter.containers.tables import CONTAINERS
+from converter.schemes import TOKEN_INT8, Activations
+from gguf_models import load
 from llama_peer import Llama
+from patience import PATIENCE_SECONDS
 from small_run import ROOT
 
 MODEL = ROOT / "manifests" / "quickstart" / "model"
@@ -31,16 +33,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     (folder / "quickstart").symlink_to(ROOT / "manifests" / "quickstart")  # so that publishing stays in `out`
     (folder / "quickstart.yaml").write_bytes((ROOT / "manifests" / "quickstart.yaml").read_bytes())
-    command = [
-        sys.executable,
-        "-m",
-        "converter.cli",
-        "convert",
-        str(folder / "quickstart.yaml"),
-        "--out",
-        str(out / "out"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    already = ("--assume-old", f"{sys.prefix}/.ready", f"VENV={sys.prefix}")  # the environment that runs this test
+    command = ["make", *already, "convert", f"MANIFEST={folder / 'quickstart.yaml'}", f"ARGS=--out {out / 'out'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return out / "out" / "quickstart"
 
@@ -50,21 +45,21 @@ def rows(run: Path) -> dict[str, dict[str, Any]]:
     return {row["target"]: row for row in json.loads((run / "comparison.json").read_text())["artifacts"]}
 
 
-def decoded_logits(run: Path, target: str, format: str, ids: Tensor, activation_bits: int = 0) -> Tensor:
+def decoded_logits(run: Path, target: str, format: str, ids: Tensor, activations: Activations | None = None) -> Tensor:
     """transformers' logits [T, V] with the weights that our decoder reads from the artifact, in f32.
 
-    activation_bits rounds what every linear reads, per token.
+    activations rounds what every linear reads.
     """
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    architecture = find(json.loads((MODEL / "config.json").read_text()), "quickstart")
+    architecture = load(MODEL)[1]
     opened = CONTAINERS[format].open(run / "model" / target, architecture)
     state = {name: opened.read(name) for name in opened.names}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
     for module in model.modules():
-        if activation_bits and isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(lambda _, inputs: (quantize_tokens(inputs[0], activation_bits),))
+        if activations and isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: (quantize_inputs(inputs[0], activations),))
     with torch.no_grad():
         logits: Tensor = model(ids).logits[0]
     return logits
@@ -79,7 +74,7 @@ def ids() -> Tensor:
 @pytest.mark.parametrize("target", ["q4-k-m", "q8-0"])
 def test_llama_cpp_agrees_with_transformers_on_the_decoded_weights(run: Path, target: str, ids: Tensor) -> None:
     expected = torch.log_softmax(decoded_logits(run, target, "gguf", ids)[-1], -1)
-    rounded = torch.log_softmax(decoded_logits(run, target, "gguf", ids, activation_bits=8)[-1], -1)
+    rounded = torch.log_softmax(decoded_logits(run, target, "gguf", ids, TOKEN_INT8)[-1], -1)
     with Llama(next((run / "model" / target).glob("*.gguf"))) as llama:
         assert llama.tokenize(TEXT) == ids[0].tolist()
         found = llama.next_logprobs(ids[0].tolist())

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from converter.progress import Event
 from jobs.convert import Refused, Run, convert, only_run, plan
 from jobs.show import is_running, plan_json, status, verify
 from jobs.store import Store
+from patience import PATIENCE_SECONDS
 from small_run import ROOT, TARGETS, write_manifest, write_model
 
 
@@ -67,7 +69,7 @@ def finished(place: Path) -> Path:
 
 def hubmill(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "converter.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_SECONDS, check=False)
 
 
 def test_every_artifact_is_done_and_measured(finished: Path) -> None:
@@ -150,6 +152,7 @@ def test_outputs_of_earlier_settings_do_not_pile_up(tmp_path: Path) -> None:
     assert kept == ["assemble", "evaluate", "fetch", "finish"]
 
 
+@pytest.mark.slow
 def test_work_may_be_deleted_at_any_time(place: Path, finished: Path) -> None:
     import shutil
 
@@ -182,6 +185,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(place: Path, finished: Path) -> 
     assert sums(place / "killed" / "small") == sums(finished)
 
 
+@pytest.mark.slow
 def test_an_interrupt_exits_130_and_says_how_to_go_on(place: Path) -> None:
     command = [sys.executable, "-m", "converter.cli", "convert", str(place / "small.yaml"), "--out", str(place / "int")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -190,11 +194,12 @@ def test_an_interrupt_exits_130_and_says_how_to_go_on(place: Path) -> None:
     while time.monotonic() < deadline and not (events.is_file() and '"done"' in events.read_text()):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130, errors
     assert "Run the same command again" in errors
 
 
+@pytest.mark.slow
 def test_a_bad_weight_fails_its_model_alone_and_says_where(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
@@ -261,6 +266,7 @@ def test_exit_codes_and_messages_of_the_command_line(tmp_path: Path) -> None:
     assert hubmill("convert").returncode == 2
     assert hubmill("nonsense").returncode == 2
     assert hubmill("--help").returncode == 0
+    assert hubmill("--version").stdout == f"hubmill {metadata.version('hubmill')}\n"
 
 
 def test_what_readers_do_otherwise_is_told_from_the_plan_to_the_card(tmp_path: Path) -> None:

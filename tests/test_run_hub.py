@@ -22,6 +22,7 @@ from jobs.planner import Work
 from jobs.prepare import prepare
 from jobs.store import Store
 from jobs.texts import text_rows
+from patience import PATIENCE_SECONDS
 from small_run import ROOT, TARGETS, write_model
 
 __all__ = ["hub_server"]  # a fixture
@@ -44,7 +45,9 @@ def hubmill(server: HubServer, *arguments: object, token: str | None = WRITER) -
     if token:
         environment["HF_TOKEN"] = token
     command = [sys.executable, "-m", "converter.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=PATIENCE_SECONDS, check=False
+    )
 
 
 @pytest.fixture

@@ -154,3 +154,56 @@ def test_half_precision_rows_are_summed_in_wide_types() -> None:
     stats = observe(hidden, gram=True)
     assert stats.sum_squares.item() == 70_000 * 90_000
     assert stats.abs_sum.item() == 70_000 * 300
+
+
+def drifted(hidden: Tensor, seed: int = 9) -> Tensor:
+    """The original's rows [N, I] in the places of hidden, which lie a little apart."""
+    return hidden + 0.1 * rows(len(hidden), hidden.shape[1], seed)
+
+
+def with_drift(hidden: Tensor, original: Tensor) -> TapStats:
+    collector = Collector(columns=hidden.shape[1], gram=True, drift=True)
+    for step in collector.steps(hidden, original):
+        step()
+    return collector.stats()
+
+
+@pytest.mark.parametrize("columns", [1, 7, STRIPE_COLUMNS + 1])
+def test_gram_and_drift_are_the_original_rows_times_the_chains(columns: int) -> None:
+    hidden = rows(19, columns)
+    original = drifted(hidden)
+    stats = with_drift(hidden, original)
+    assert stats.drift is not None and stats.gram is not None
+    expected = original.double().T @ hidden.double()
+    size = (original.double().abs() + hidden.double().abs()).T @ hidden.double().abs()
+    assert bool(((stats.gram.double() + stats.drift.double() - expected).abs() <= 2 * 22 * EPS * size).all())
+
+
+def test_rows_like_the_originals_do_not_drift() -> None:
+    hidden = rows(19, 40)
+    assert torch.equal(with_drift(hidden, hidden.clone()).drift, torch.zeros(40, 40))  # type: ignore[arg-type]
+
+
+def test_drifts_add_up_and_are_lost_when_one_is_missing() -> None:
+    hidden, original = rows(20, 6), drifted(rows(20, 6))
+    whole = with_drift(hidden, original)
+    parts = with_drift(hidden[:7], original[:7]) + with_drift(hidden[7:], original[7:])
+    assert whole.drift is not None and parts.drift is not None
+    bound = 2 * 22 * EPS * ((original - hidden).double().abs().T @ hidden.double().abs())
+    assert bool(((whole.drift - parts.drift).double().abs() <= bound).all())
+    assert (whole + observe(hidden, gram=True)).drift is None
+
+
+def test_a_scaled_drift_is_that_of_the_scaled_rows() -> None:
+    hidden, original = rows(21, 40), drifted(rows(21, 40))
+    scale = torch.rand(40, generator=torch.Generator().manual_seed(1)) * 4 + 0.1
+    folded, direct = with_drift(hidden, original).scaled(scale), with_drift(hidden / scale, original / scale)
+    size = ((original.abs() + hidden.abs()) / scale).double().T @ (hidden.abs() / scale).double()
+    assert folded.drift is not None and direct.drift is not None
+    assert bool(((folded.drift - direct.drift).double().abs() <= 2 * 24 * EPS * size).all())
+
+
+def test_a_packed_drift_comes_back_bit_for_bit_or_stays_where_it_is() -> None:
+    packed = pack({"tap": with_drift(rows(9, 5), drifted(rows(9, 5)))})
+    assert torch.equal(unpack(packed)["tap"].drift, packed["tap/drift"])  # type: ignore[arg-type]
+    assert unpack(packed, gram=False)["tap"].drift is None

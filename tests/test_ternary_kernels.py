@@ -1,17 +1,14 @@
-"""TQ1_0 and TQ2_0: byte equality with stock ggml, and the thorough search, which is exact."""
+"""TQ1_0 and TQ2_0: the thorough search, which is exact; `test_ggml_kernels.py` compares all types with stock ggml."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ggml_peer import dequantize as peer_dequantize
 from ggml_peer import library as peer_library
 from ggml_peer import quantize as peer_quantize
-from quantkernels.ggml import TYPES, Backend, dequantize, quantize
+from quantkernels.ggml import TYPES, dequantize, quantize
 from quantkernels.ggml.thorough import cpu_ternary as cpu_ternary_thorough
 from quantkernels.ggml.thorough import reference_ternary as reference_ternary_thorough
 from test_ggml_kernels import Floats, assert_same_blocks, hard_rows, heavy_tailed, importances
@@ -19,45 +16,6 @@ from test_ggml_kernels import Floats, assert_same_blocks, hard_rows, heavy_taile
 NAMES = ["TQ1_0", "TQ2_0"]
 KINDS = ["none", "usual", "holes", "ones", "zeros", "wide"]
 needs_peer = pytest.mark.skipif(peer_library() is None, reason="xllamacpp is not installed")
-
-
-@needs_peer
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("name", NAMES)
-def test_bytes_equal_ggml(name: str, backend: Backend) -> None:
-    rows = hard_rows(np.random.default_rng(1), 768)
-    assert_same_blocks(quantize(rows, name, backend=backend), peer_quantize(rows, name), name)
-
-
-@needs_peer
-@pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=30, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    count=st.integers(1, 20),
-    width=st.integers(1, 3),
-    exponent=st.integers(-44, 3),
-    ternary=st.booleans(),
-)
-def test_any_shape_and_scale_equals_truth_and_ggml(
-    name: str, seed: int, count: int, width: int, exponent: int, ternary: bool
-) -> None:
-    random = np.random.default_rng(seed)
-    shape = (count, 256 * width)
-    wide = random.integers(-1, 2, shape) if ternary else random.normal(size=shape)
-    rows = (wide * 10.0**exponent).astype(np.float32)
-    got = quantize(rows, name)
-    assert_same_blocks(got, quantize(rows, name, backend="reference"), name)
-    assert_same_blocks(got, peer_quantize(rows, name), name)
-
-
-@needs_peer
-@pytest.mark.parametrize("name", NAMES)
-def test_dequantized_random_bytes_equal_ggml_bit_for_bit(name: str) -> None:
-    blocks = np.random.default_rng(2).integers(0, 256, (200, TYPES[name].size_bytes), np.uint8)
-    blocks[:, -1] &= 0xBB  # no infinite or NaN scale
-    got = dequantize(blocks, name)
-    assert np.array_equal(got.view(np.uint32), peer_dequantize(blocks, name, 256).view(np.uint32))
 
 
 @pytest.mark.parametrize("name", NAMES)

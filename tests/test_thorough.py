@@ -22,6 +22,8 @@ from quantkernels.ggml.thorough import THOROUGH_TYPES, quantize_blocks
 from quantkernels.ggml.thorough.effort import effort_of
 from test_ggml_kernels import assert_same_blocks, hard_rows, heavy_tailed, importances
 
+pytestmark = pytest.mark.slow
+
 Floats = NDArray[np.float32]
 
 MODEL = Path(__file__).parent.parent / "manifests" / "quickstart" / "model" / "model.safetensors"

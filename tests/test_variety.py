@@ -33,6 +33,7 @@ from converter import manifest as manifests
 from jobs.convert import Result, Run, convert
 from jobs.texts import text_rows
 from small_run import TARGETS, TOKENIZER, write_manifest
+from tiny_families import few
 
 SHAPE: Mapping[str, Any] = {
     "vocab_size": 4096,
@@ -165,12 +166,10 @@ CONFIGS: Mapping[str, PretrainedConfig] = {
     "gemma3": Gemma3TextConfig(**SHAPE, **GEMMA),
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2),
 }
-QUICK = ("llama-biases", "llama-odd-rows", "gemma3")
+QUICK = ("llama-biases", "llama-odd-rows")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
-)
+@pytest.mark.parametrize("name", few(CONFIGS, QUICK))
 def test_a_model_of_any_family_and_shape_is_converted_and_read_alike(name: str, tmp_path: Path) -> None:
     write(tmp_path / "model", CONFIGS[name])
     targets = WITHOUT_GGUF if "gemma" in name or "odd" in name else TARGETS
@@ -186,6 +185,7 @@ def test_other_float_types_in_several_shards(dtype: torch.dtype, tmp_path: Path)
     check_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_buffers_that_old_checkpoints_carry_are_left_out(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", CONFIGS["llama-wide-heads"])
     plain = load_file(folder / "model.safetensors").keys()
@@ -196,6 +196,7 @@ def test_buffers_that_old_checkpoints_carry_are_left_out(tmp_path: Path) -> None
     assert not extra.keys() & stored and {name for name in stored if not name.endswith("_scale")} == plain
 
 
+@pytest.mark.slow
 def test_a_head_that_is_stored_is_used_even_where_config_ties_it(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", LlamaConfig(**SHAPE, tie_word_embeddings=True))
     head = torch.randn(4096, 64, generator=torch.Generator().manual_seed(7)).bfloat16() * 0.1
@@ -251,7 +252,7 @@ FP8 = {
 }
 
 
-@pytest.mark.parametrize("kind", FP8)
+@pytest.mark.parametrize("kind", few(FP8, ("blocks",)))
 def test_fp8_checkpoints_are_multiplied_out_and_nothing_says_fp8_afterwards(kind: str, tmp_path: Path) -> None:
     rows, columns, ending, settings = FP8[kind]
     folder = write(tmp_path / "model", CONFIGS["llama-wide-heads"])
@@ -292,7 +293,7 @@ def dark_inputs(tensors: dict[str, Tensor]) -> None:
     tensors["model.layers.1.input_layernorm.weight"][3] = 0
 
 
-@pytest.mark.parametrize("damage", [zero_a_block, dark_inputs])
+@pytest.mark.parametrize("damage", few([zero_a_block, dark_inputs], [dark_inputs]))
 def test_weights_of_nothing_neither_fail_nor_spoil_the_rest(damage: Callable[..., None], tmp_path: Path) -> None:
     folder = write(tmp_path / "model", CONFIGS["qwen2-tied"])
     change(folder, damage)
@@ -316,6 +317,7 @@ def test_huge_outliers_are_stored_and_measured(tmp_path: Path) -> None:
         assert row["weight"]["cosine"] > 0.999
 
 
+@pytest.mark.slow
 def test_one_model_under_two_names_and_two_of_one_name(tmp_path: Path) -> None:
     write(tmp_path / "a" / "model", CONFIGS["qwen2-tied"])
     write(tmp_path / "b" / "model", CONFIGS["qwen3-one-block"])

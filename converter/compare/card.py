@@ -13,26 +13,34 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
 from converter.compare import wording
-from converter.errors import ManifestError
+from converter.front_matter import HUB_NAME, read_front_matter
 from converter.manifest import Calibration, Evaluation, Target
-from converter.marks import Fields, Items, Node, Problems, Text, parse
+from converter.marks import Items, Node, Text
 from converter.source import Snapshot
 
-FRONT_MATTER_LIMIT = 64 << 10  # bytes of a README that are looked at
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 INHERITED_TAGS = 20
 MARKDOWN = re.compile(r"[\\`*_\[\]|~#$@]|^[-+=]")  # what starts something inside a line, and at its beginning
 ENTITIES: Mapping[str, str] = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
-LIBRARIES: Mapping[str, str] = {"gguf": "gguf", "compressed-tensors": "transformers"}  # as the hub calls them
+# What transformers needs beside itself for a format.
+EXTRAS: Mapping[str, str] = {
+    "compressed-tensors": "compressed-tensors",
+    "gptq": "optimum gptqmodel",
+    "gptq_v2": "optimum gptqmodel",
+    "auto-round": "auto-round",
+    "awq": "optimum gptqmodel",
+    "bitsandbytes": "bitsandbytes accelerate",
+    "fp8": "accelerate",
+}
+LIBRARIES: Mapping[str, str] = {"gguf": "gguf", **dict.fromkeys(EXTRAS, "transformers")}  # as the hub calls them
 METHODS: Mapping[str, str] = {
     "rtn": "each weight to the nearest value of its grid",
     "gptq": "column by column, each column's error pushed onto the next ones (GPTQ)",
     "smoothquant": "outliers of the activations moved into the weights (SmoothQuant)",
+    "awq": "columns that large activations meet stretched before rounding (AWQ)",
 }
 
 
@@ -58,7 +66,7 @@ def card_text(
     row: its row of the comparison, with the original's figures in row["source"]; repo: where it will be published,
     empty for nowhere; evaluation: the text behind the figures, named when it is given.
     """
-    inherited, problem = source_front_matter(snapshot)
+    inherited, problem = read_front_matter(snapshot.folder)
     parts = [
         _front_matter(row, snapshot, target, inherited),
         _introduction(row, snapshot, target, inherited, problem),
@@ -92,28 +100,6 @@ def code(text: object) -> str:
     return f"{fence}{space}{shown}{space}{fence}" if shown else ""
 
 
-def source_front_matter(snapshot: Snapshot) -> tuple[Mapping[str, Node], str]:
-    """The front matter of the original's README.md by key, and why it could not be read (empty: it could, or is not).
-
-    Scalars keep their text, so that the language `no` stays Norwegian.
-    """
-    try:
-        with (snapshot.folder / "README.md").open("rb") as file:
-            head = file.read(FRONT_MATTER_LIMIT)
-    except OSError:
-        return {}, ""
-    found = re.match(rb"(?:\xef\xbb\xbf)?---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|$)", head, re.DOTALL)
-    if not found:
-        cut = head.startswith(b"---\n") and len(head) == FRONT_MATTER_LIMIT
-        return {}, f"it does not end within {FRONT_MATTER_LIMIT >> 10} KiB" if cut else ""
-    problems = Problems(Path("README.md"))
-    try:
-        fields: Fields = parse(found.group(1), problems)
-    except ManifestError as error:
-        return {}, str(error)
-    return {key: entry.value for key, entry in fields.entries.items()}, ""
-
-
 def _words(node: Node | None) -> list[str]:
     """A scalar, or the scalars of a list."""
     nodes = node.values if isinstance(node, Items) else (node,)
@@ -138,6 +124,9 @@ def _front_matter(row: Mapping[str, Any], snapshot: Snapshot, target: Target, in
     lines += _licence(row, snapshot, inherited)
     if languages := _identifiers(inherited.get("language")):
         lines.append(f"language: {_scalar_or_list(languages)}")
+    trained_on = [word for word in _words(inherited.get("datasets")) if HUB_NAME.fullmatch(word)]
+    if trained_on:
+        lines.append(f"datasets: [{', '.join(map(quoted, trained_on))}]")
     if library := LIBRARIES.get(target.format):
         lines.append(f"library_name: {library}")
         if task := _identifiers(inherited.get("pipeline_tag")):
@@ -207,7 +196,14 @@ def _figures(row: Mapping[str, Any], evaluation: Evaluation | None) -> str:
             wording.figure(row["bits_per_weight"]),
         ),
     ]
-    if output:
+    if "embedding_cosine" in output:
+        rows += [
+            ("mean cosine of the embeddings", "1", wording.cosine(output["embedding_cosine"])),
+            ("lowest of these cosines", "1", wording.cosine(output["embedding_cosine_min"])),
+            ("same nearest neighbour", wording.share(1.0), wording.share(output.get("neighbour_agreement"))),
+            ("relative error of the hidden states", "0", wording.figure(output["hidden_relative_mse"])),
+        ]
+    elif output:
         mine, original = output["perplexity"], source.get("perplexity")
         moved = f" ({wording.change(mine / original - 1)})" if original else ""
         rows += [
@@ -220,8 +216,11 @@ def _figures(row: Mapping[str, Any], evaluation: Evaluation | None) -> str:
     lines = ["## What it loses", "", "| | original | this |", "|---|---:|---:|"]
     lines += [f"| {name} | {first} | {second} |" for name, first, second in rows]
     said = ["Measured on the published files, decoded again and run beside the original."]
-    if output:
-        text = f": {plain(wording.rows_of(evaluation.model_dump(), 'evaluation'))}" if evaluation else ""
+    text = f": {plain(wording.rows_of(evaluation.model_dump(), 'evaluation'))}" if evaluation else ""
+    if "embedding_cosine" in output:
+        said.append(f"Embeddings are those of {source['tokens']:,} tokens, none used to calibrate{text}.")
+        said.append("A text's neighbour is the one with the nearest embedding among the others.")
+    elif output:
         if tokens := source.get("tokens"):
             said.append(f"The model's figures are over {tokens:,} predicted tokens, none used to calibrate{text}.")
         said.append("KL is KL(original ‖ this) of the next token. Compare perplexity with the original's only.")
@@ -264,13 +263,16 @@ def _weights(row: Mapping[str, Any], pattern: str) -> list[str]:
 def _load_gguf(row: Mapping[str, Any], target: Target, place: str) -> Sequence[Snippet]:
     file = shlex.quote((_weights(row, "*.gguf") or ["model.gguf"])[0])
     lines = [f"hf download {place} {file} --local-dir ."] if place != "." else []
-    lines.append(f'llama-cli -m {file} -p "Once upon a time" -n 64')
+    program, more = ("llama-embedding", "") if "embedding_cosine" in row["output"] else ("llama-cli", " -n 64")
+    lines.append(f'{program} -m {file} -p "Once upon a time"{more}')
     return [Snippet(said="With llama.cpp:", language="sh", lines=lines)]
 
 
 def _load_transformers(row: Mapping[str, Any], target: Target, place: str) -> Sequence[Snippet]:
-    asymmetric = target.symmetric is False
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    asymmetric = target.symmetric is False and target.format == "compressed-tensors"
+    embeds = "embedding_cosine" in row["output"]
+    loader = "AutoModel" if embeds else "AutoModelForCausalLM"
+    lines = [f"from transformers import {loader}, AutoTokenizer"]
     if asymmetric:
         lines.append("from transformers.utils.quantization_config import CompressedTensorsConfig")
     config = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if asymmetric else ""
@@ -278,11 +280,13 @@ def _load_transformers(row: Mapping[str, Any], target: Target, place: str) -> Se
         "",
         f"place = {json.dumps(place)}",
         "tokenizer = AutoTokenizer.from_pretrained(place)",
-        f"model = AutoModelForCausalLM.from_pretrained(place{config})",
+        f"model = {loader}.from_pretrained(place{config})",
         'prompt = tokenizer("Once upon a time", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))",
+        "print(model(**prompt).last_hidden_state.shape)"
+        if embeds
+        else "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))",
     ]
-    said = "With transformers, after `pip install transformers compressed-tensors`:"
+    said = f"With transformers, after `pip install transformers {EXTRAS[target.format]}`:"
     return [Snippet(said=said, language="python", lines=lines)]
 
 
@@ -307,7 +311,7 @@ def _load_parquet(row: Mapping[str, Any], target: Target, place: str) -> Sequenc
 
 LOADING: Mapping[str, Callable[[Mapping[str, Any], Target, str], Sequence[Snippet]]] = {
     "gguf": _load_gguf,
-    "compressed-tensors": _load_transformers,
+    **dict.fromkeys(EXTRAS, _load_transformers),
     "parquet": _load_parquet,
 }
 

@@ -29,9 +29,10 @@ DARK = ("#60a5fa", "#fb923c", "#4ade80", "#e879f9", "#22d3ee", "#facc15", "#94a3
 MARK = 5.5  # half the width of a mark
 
 TRIANGLE = "m0 -6.5l6.5 11.5h-13z"
+SQUARE = "m-5 -5h10v10h-10z"
 SHAPES: Mapping[str, str] = {  # of a mark, by format, drawn from its middle; other formats get a triangle
     "gguf": "m-5.5 0a5.5 5.5 0 1 0 11 0a5.5 5.5 0 1 0 -11 0z",
-    "compressed-tensors": "m-5 -5h10v10h-10z",
+    **dict.fromkeys(("compressed-tensors", "gptq", "gptq_v2", "auto-round", "awq", "fp8"), SQUARE),
     "parquet": "m0 -6.5l6.5 6.5l-6.5 6.5l-6.5 -6.5z",
 }
 

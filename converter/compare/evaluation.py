@@ -19,11 +19,21 @@ import torch
 from torch import Tensor
 
 from converter import tensor_file
-from converter.architecture import Architecture
+from converter.architecture import Architecture, Folding
 from converter.blocks import Decoder
-from converter.compare.metrics import WINDOW, Difference, TokenFigures, difference, summary, token_figures
+from converter.compare.metrics import (
+    WINDOW,
+    Difference,
+    TokenFigures,
+    difference,
+    embedding_figures,
+    summary,
+    token_figures,
+)
+from converter.compare.unfolding import unfold
 from converter.containers import Opened
 from converter.errors import NumericsError
+from converter.pooling import pool
 
 Report = Callable[[float], None]
 Read = Callable[[str], Tensor]
@@ -32,12 +42,18 @@ PROBES = 2  # rows that per-tensor output errors are measured on
 
 @dataclass(frozen=True, kw_only=True)
 class Original:
-    """The original model: its family (None: a plain state dict), names, tensors in f32, hidden states on disk."""
+    """The original model: its family (None: a plain state dict), names, tensors in f32, hidden states on disk.
+
+    pooling: how an encoder makes one vector of a text, see `pooling.declared_pooling`. foldings: those of the family
+    that the artifact's methods may have carried out.
+    """
 
     architecture: Architecture | None
     names: tuple[str, ...]
     read: Read
     hidden_folder: Path | None
+    pooling: tuple[str, ...] = ()
+    foldings: tuple[Folding, ...] = ()
 
 
 def hidden_file(folder: Path, block: int) -> Path:
@@ -48,7 +64,7 @@ def hidden_file(folder: Path, block: int) -> Path:
 def reference(decoder: Decoder, rows_NT: Tensor, original: Original, folder: Path, report: Report) -> dict[str, Any]:
     """Run the original over the rows, write the input of each block and the last output to `folder`, f32 [N, T, D].
 
-    Returns the original's own figures: perplexity and the number of tokens it was taken over.
+    Returns the original's own figures: the number of tokens, and of a decoder the perplexity over them.
     """
     hidden = decoder.embed(rows_NT, {name: original.read(name) for name in decoder.input_names})
     tensor_file.save(hidden_file(folder, 0), {"hidden": hidden})
@@ -57,6 +73,8 @@ def reference(decoder: Decoder, rows_NT: Tensor, original: Original, folder: Pat
         check_hidden(hidden, f"{decoder.where} block {block}", "Check the model's weights for overflow in f32")
         tensor_file.save(hidden_file(folder, block + 1), {"hidden": hidden})
         report((block + 1) / (decoder.blocks + 1))
+    if decoder.encodes:
+        return {"tokens": rows_NT.numel()}
     figures = [
         token_figures(logits, logits, following)
         for logits, following in _windows(decoder, hidden, rows_NT, original.read)
@@ -85,11 +103,11 @@ def measure(
     original: Original, opened: Opened, decoder: Decoder | None, rows_NT: Tensor | None, report: Report
 ) -> dict[str, Any]:
     """Every figure of one artifact: `tensors`, `blocks`, `weight`, `output` (empty without a decoder), `parameters`."""
-    inside = original.architecture.block_of if original.architecture else (lambda name: None)
-    outer = [name for name in original.names if inside(name) is None]
+    block_of = original.architecture.block_of if original.architecture else (lambda name: None)
+    outer = [name for name in original.names if decoder is None or block_of(name) is None]
     tensors: list[dict[str, Any]] = []
     for done, name in enumerate(outer):
-        if row := _tensor_row(name, None, original.read(name), opened):
+        if row := _tensor_row(name, block_of(name), original.read(name), opened):
             tensors.append(row)
         if decoder is None:  # every tensor is an outer one
             report((done + 1) / len(outer))
@@ -104,7 +122,10 @@ def measure(
             tensors.extend(rows)
             blocks.append({"block": block, "relative_mse": deviation.relative_mse, "cosine": deviation.cosine})
             report((block + 1) / (decoder.blocks + 1))
-        output = _measure_output(original, opened, decoder, rows_NT, hidden)
+        if decoder.encodes:
+            output = _measure_embeddings(original, opened, decoder, hidden)
+        else:
+            output = _measure_output(original, opened, decoder, rows_NT, hidden)
     total = sum((row["sums"] for row in tensors if len(row["shape"]) > 1), Difference())
     return {
         "tensors": [{key: value for key, value in row.items() if key != "sums"} for row in tensors],
@@ -125,18 +146,19 @@ def _measure_block(
     first = block_tensors(original, block)
     copy = {name: opened.read(prefix + name) for name in first}
     inputs = _tap_inputs(original, decoder, block, first)
+    undone = unfold(architecture.taps, original.foldings, first, copy)
     rows = []
     for name, weight in first.items():
-        unfolded = copy[name] * _unfold(architecture, first, copy, name)
+        unfolded = undone[name]
         row = _tensor_row(prefix + name, block, weight, opened, unfolded)
         tap = architecture.tap_of(prefix + name)
         if row and tap and tap.name in inputs:
             x_NI = inputs[tap.name]
             row["output_relative_mse"] = difference(x_NI @ weight.T, x_NI @ unfolded.T).relative_mse
         rows.append(row)
-    bits = {name: opened.activation_bits(prefix + name) for name in first}
-    activation_bits = {name.removesuffix(".weight"): count for name, count in bits.items() if count}
-    hidden = decoder.run_block(block, copy, hidden, activation_bits=activation_bits)
+    said = {name.removesuffix(".weight"): opened.activations(prefix + name) for name in first}
+    activations = {module: how for module, how in said.items() if how}
+    hidden = decoder.run_block(block, copy, hidden, activations=activations)
     expected = tensor_file.load(hidden_file(original.hidden_folder, block + 1))["hidden"]
     return hidden, [row for row in rows if row], difference(expected, hidden)
 
@@ -153,24 +175,6 @@ def _tap_inputs(original: Original, decoder: Decoder, block: int, tensors: Mappi
 
     decoder.run_block(block, tensors, hidden, observe=observe)
     return {tap: torch.cat(parts) for tap, parts in seen.items()}
-
-
-def _unfold(
-    architecture: Architecture, original: Mapping[str, Tensor], copy: Mapping[str, Tensor], name: str
-) -> Tensor:
-    """The column scales that undo a folding: what was moved from a norm into the linears behind it goes back.
-
-    Gain' = gain / s and W' = W s compute the same, so W' times gain'/gain is what compares with W. One when the norm is
-    untouched or the tensor reads no folded tap; columns with a zero gain are left alone.
-    """
-    module = name.removesuffix(".weight")
-    for folding in architecture.foldings:
-        tap = next(tap for tap in architecture.taps if tap.name == folding.tap)
-        norm = f"{folding.norm}.weight"
-        if module in tap.linears and norm in original:
-            gain, gain_copy = folding.offset + original[norm], folding.offset + copy[norm]
-            return torch.where(gain == 0, 1.0, gain_copy / gain)
-    return torch.ones(())
 
 
 def _tensor_row(
@@ -217,3 +221,18 @@ def _measure_output(
         token_figures(logits, copy, following) for (logits, following), (copy, _) in zip(first, second, strict=True)
     ]
     return summary(figures)
+
+
+def _measure_embeddings(original: Original, opened: Opened, decoder: Decoder, hidden: Tensor) -> dict[str, float]:
+    """How far an encoder's embeddings and final hidden states are from the original's, a text at a time."""
+    assert original.hidden_folder is not None
+    expected = tensor_file.load(hidden_file(original.hidden_folder, decoder.blocks))["hidden"]
+    outer = [{name: read(name) for name in decoder.output_names} for read in (original.read, opened.read)]
+    total = Difference()
+    pooled: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for first, second in zip(expected.unsqueeze(1), hidden.unsqueeze(1), strict=True):
+        final = decoder.final(first, outer[0]), decoder.final(second, outer[1])
+        total += difference(*final)
+        for vectors, states in zip(pooled, final, strict=True):
+            vectors.append(pool(states, original.pooling))
+    return embedding_figures(torch.cat(pooled[0]), torch.cat(pooled[1])) | {"hidden_relative_mse": total.relative_mse}

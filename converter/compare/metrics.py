@@ -105,6 +105,23 @@ def token_figures(original_NV: Tensor, copy_NV: Tensor, next_token_N: Tensor) ->
     )
 
 
+def embedding_figures(original_ND: Tensor, copy_ND: Tensor) -> dict[str, float]:
+    """Compare two models' embeddings of the same texts, vectors of length 1: cosines, and who is nearest to whom.
+
+    neighbour_agreement is the share of texts whose nearest other text is the same one; of one text there is none.
+    """
+    cosine_N = (original_ND * copy_ND).sum(-1).clamp(-1.0, 1.0)
+    figures = {"embedding_cosine": float(cosine_N.mean()), "embedding_cosine_min": float(cosine_N.min())}
+    if len(original_ND) > 1:
+        same_N = _nearest(original_ND) == _nearest(copy_ND)
+        figures["neighbour_agreement"] = float(same_N.double().mean())
+    return figures
+
+
+def _nearest(vectors_ND: Tensor) -> Tensor:
+    return (vectors_ND @ vectors_ND.T).fill_diagonal_(-math.inf).argmax(-1)
+
+
 def summary(figures: Sequence[TokenFigures]) -> dict[str, float]:
     """The model-level figures over all tokens: perplexity, KL divergence (mean, median, 99th percentile), top-1."""
     nll = torch.cat([item.nll_N for item in figures])

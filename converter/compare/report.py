@@ -89,6 +89,30 @@ COLUMNS = (
         text=wording.change,
     ),
     Column(
+        head="embedding cosine",
+        meaning="mean cosine between the original's embedding of a text and this one's",
+        value=_output("embedding_cosine"),
+        text=wording.cosine,
+    ),
+    Column(
+        head="lowest",
+        meaning="lowest of these cosines",
+        value=_output("embedding_cosine_min"),
+        text=wording.cosine,
+    ),
+    Column(
+        head="same neighbour",
+        meaning="share of texts whose nearest other text is the same as with the original",
+        value=_output("neighbour_agreement"),
+        text=wording.share,
+    ),
+    Column(
+        head="hidden error",
+        meaning="squared error of the final hidden states, relative to the original's squares",
+        value=_output("hidden_relative_mse"),
+        text=wording.figure,
+    ),
+    Column(
         head="weight cosine",
         meaning="cosine between the original's weights and the decoded ones, all matrices as one vector",
         value=lambda row: row["weight"]["cosine"],
@@ -228,6 +252,7 @@ def _model(
         ],
         "warnings": [(row["target"], text) for row in done for text in row.get("warnings", ())],
         "tokens": source.get("tokens"),
+        "embeds": any("embedding_cosine" in row["output"] for row in done),
         "done": len(done),
     }
 

@@ -37,9 +37,18 @@ ARTIFACT_SCHEMA = pa.schema(
         ("kl_median", pa.float64()),
         ("kl_p99", pa.float64()),
         ("top1_agreement", pa.float64()),
+        ("embedding_cosine", pa.float64()),
+        ("embedding_cosine_min", pa.float64()),
+        ("neighbour_agreement", pa.float64()),
+        ("hidden_relative_mse", pa.float64()),
         ("seconds", pa.float64()),
         ("peak_rss_bytes", pa.int64()),
     ]
+)
+# What is measured of a model's output: of one that continues text, and of one that makes embeddings.
+OUTPUT = (
+    *("perplexity", "kl_mean", "kl_median", "kl_p99", "top1_agreement"),
+    *("embedding_cosine", "embedding_cosine_min", "neighbour_agreement", "hidden_relative_mse"),
 )
 TENSOR_SCHEMA = pa.schema(
     [
@@ -83,10 +92,7 @@ def artifact_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
                 "method": " + ".join(row.get("method", ())),
                 "weight_cosine": weight.get("cosine"),
                 "weight_relative_mse": weight.get("relative_mse"),
-                **{
-                    name: output.get(name)
-                    for name in ("perplexity", "kl_mean", "kl_median", "kl_p99", "top1_agreement")
-                },
+                **{name: output.get(name) for name in OUTPUT},
                 "original_perplexity": row.get("source", {}).get("perplexity"),
             }
         )

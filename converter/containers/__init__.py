@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from converter.architecture import Architecture
 from converter.grids import Grid
 from converter.manifest import Target
-from converter.source import Snapshot
+from converter.schemes import Activations
+
+if TYPE_CHECKING:
+    from converter.source import Snapshot  # which reads weights in parts, some of them by `packing`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +28,11 @@ class TensorPlan:
     """One tensor of an artifact: where it comes from, how it is stored, how many bytes that takes.
 
     name: in the artifact. source: the checkpoint tensor it is made of. operation: what is done to its rows on the way,
-    such as "rope_permute:8" (empty: nothing). fallback: why its grid is not the one asked for (empty: it is).
-    quantized: whether the target's method rounds it (otherwise it is stored as floating point). stack: the tensor of
-    the file that this is one slice of, such as an expert's; slices follow each other (empty: it is a tensor itself).
+    such as "rope_permute:8" (empty: nothing). prepare: what is made of its values before they are rounded, such as
+    "halves:1"; several tensors may then have one source. fallback: why its grid is not the one asked for (empty: it
+    is). quantized: whether the target's method rounds it (otherwise it is stored as floating point). stack: the tensor
+    of the file that this is one slice of, such as an expert's; slices follow each other (empty: it is a tensor itself).
+    activations: how the artifact says that what the linear reads is quantized (None: it is not).
     """
 
     name: str
@@ -38,8 +43,10 @@ class TensorPlan:
     size_bytes: int
     quantized: bool
     operation: str = ""
+    prepare: str = ""
     fallback: str = ""
     stack: str = ""
+    activations: Activations | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +85,8 @@ class Opened(Protocol):
         """The type it is stored as ("Q4_K", "int4 g128") and the bytes it takes in the file, scales included."""
         ...
 
-    def activation_bits(self, name: str) -> int | None:
-        """Bits that the artifact declares for the linear's input, per token; None when inputs keep their precision."""
+    def activations(self, name: str) -> Activations | None:
+        """How the artifact says that the linear's input is quantized; None when inputs keep their precision."""
         ...
 
 

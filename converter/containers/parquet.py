@@ -38,12 +38,13 @@ from converter.containers.parquet_rows import (
     row_shape,
 )
 from converter.containers.selection import choose, float_dtype
-from converter.containers.small_files import copy_small_files
+from converter.containers.small_files import copy_small_files, original_config
 from converter.errors import SourceError, UnsupportedError
 from converter.grids import Grid
 from converter.grids.affine import AffineGrid
 from converter.grids.plain import PlainGrid
 from converter.manifest import Target
+from converter.schemes import Activations
 from converter.source import Snapshot
 
 GROUP_BYTES = 8 << 20  # a row group is closed once it holds this much
@@ -93,7 +94,7 @@ class Parquet:
         stale = "quantization_config" in snapshot.config  # about the source's codes, which came multiplied out
         copy_small_files(snapshot, folder, without=("config.json",) if stale else ())
         if stale:
-            config = {key: value for key, value in snapshot.config.items() if key != "quantization_config"}
+            config = {key: value for key, value in original_config(snapshot).items() if key != "quantization_config"}
             (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
         last: tuple[str, Mapping[str, Tensor]] = ("", {})
         for file, groups in _layout(plan.tensors).items():
@@ -231,7 +232,7 @@ class OpenedParquet:
         stand_in = TensorPlan(name=name, source=name, shape=shape, grid=grid, block=None, size_bytes=0, quantized=False)
         return grid.name, sum(sum(chunk.sizes) for chunk in chunks(stand_in, 0))
 
-    def activation_bits(self, name: str) -> int | None:
+    def activations(self, name: str) -> Activations | None:
         return None
 
 

@@ -9,7 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from converter.grids import Grid
 from converter.grids.affine import AffineGrid
+from converter.grids.codebook import CodebookGrid
+from converter.grids.floats import Fp8Grid
+from converter.grids.micro import MicroGrid
 from converter.grids.plain import DTYPES
 from converter.schemes import SCHEMES, Scheme
 
@@ -32,13 +36,21 @@ class Choice:
     target: Target
     scheme: Scheme
 
-    def grid(self, *, group_size: int | None, scale_dtype: str) -> AffineGrid:
-        """The grid, with groups of `group_size` columns; None keeps the granularity asked for unless that is group."""
-        granularity = self.target.granularity or "channel"
+    def grid(self, *, group_size: int | None, scale_dtype: str) -> Grid:
+        """The grid; of integers with groups of `group_size` columns, where None keeps another granularity."""
+        scheme, granularity = self.scheme, self.target.granularity or "channel"
+        match scheme.values:
+            case "e4m3" | "e5m2":
+                block = (scheme.block or (128, 128)) if granularity == "block" else None
+                return Fp8Grid(values=scheme.values, granularity=granularity, block=block, scale_dtype=scale_dtype)
+            case "nvfp4" | "mxfp4" | "mxfp8":
+                return MicroGrid(values=scheme.values)
+            case "nf4" | "fp4":
+                return CodebookGrid(values=scheme.values, block=group_size or 64, dtype=scale_dtype)
         if granularity == "group" and group_size is None:
             granularity = "channel"
         return AffineGrid(
-            bits=self.scheme.bits,
+            bits=scheme.bits,
             symmetric=bool(self.target.symmetric),
             group_size=group_size if granularity == "group" else None,
             granularity=granularity,

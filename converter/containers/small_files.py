@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from converter.errors import SourceError
 from converter.folder import check_path
-from converter.source import travels
+from converter.source import parse_json, travels
 
 if TYPE_CHECKING:
     from converter.source import Snapshot
 
 # Written anew for each artifact, or about the files of the source's own repository.
-STAYS = ("readme.md", "model_card.md", "sha256sums", "provenance.json")
+STAYS = (
+    *("readme.md", "model_card.md", "sha256sums", "provenance.json"),
+    # about the codes of a source that is quantized itself, which come decoded
+    *("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json"),
+)
 STAYS_ENDINGS = (".index.json", ".msgpack.index", ".gitattributes")
 
 
@@ -33,6 +37,13 @@ def small_files(snapshot: Snapshot) -> tuple[str, ...]:
         and not name.lower().endswith(STAYS_ENDINGS)
         and not any(part.startswith(".") for part in name.split("/"))
     )
+
+
+def original_config(snapshot: Snapshot) -> dict[str, Any]:
+    """The model's config.json as it is, {} when there is none: a snapshot has what it says of the text on top."""
+    if "config.json" not in snapshot.files:
+        return {}
+    return parse_json((snapshot.folder / "config.json").read_bytes(), f"{snapshot.repo}: config.json")
 
 
 def copy_small_files(snapshot: Snapshot, folder: Path, without: tuple[str, ...] = ()) -> None:

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from converter.errors import NumericsError, UnsupportedError
+from converter.errors import UnsupportedError
 from converter.grids import Framed, observers
+from converter.grids.parts import check_weights, row_chunks, stored_scale
 from converter.grids.plain import DTYPES
 from converter.schemes import Granularity, Observer
 from quantkernels import scales
-from quantkernels.columns import Frame
+from quantkernels.columns import AnyFrame, Frame, Ladder
 
-CHUNK_WEIGHTS = 1 << 22  # rows are handled this many weights at a time, so that temporaries stay below some 100 MB
 SAMPLE_WEIGHTS = 1 << 20  # one scale for a tensor is searched on every k-th row, about this many weights
 
 
@@ -88,21 +88,28 @@ class AffineGrid:
             weight_OGN = (steps_OGN - zero_OG[rows, :, None]).mul_(scale_OG[rows, :, None])
             return weight_OGN.flatten(1)[:, :columns]
 
-        return torch.cat([chunk(rows) for rows in _chunks(codes_OI)])
+        return torch.cat([chunk(rows) for rows in row_chunks(codes_OI)])
 
     def framed(self, parts: Mapping[str, Tensor]) -> Framed:
-        """The parts with their codes set apart."""
+        """The parts with their codes set apart; rows and groups may have other scales of the type that is stored."""
         rows, columns = parts["codes"].shape
         scale_OG, zero_OG = per_row(parts, rows)
+        size, dtype = self.columns_per_scale(columns), DTYPES[self.scale_dtype]
+        shared = self.granularity == "tensor"  # one scale for all rows, which are solved some at a time
         frame = Frame(
             scale_OG=scale_OG,
             zero_OG=zero_OG,
             offset_OG=torch.zeros(1, 1).expand_as(scale_OG),
-            group_size=self.columns_per_scale(columns),
+            group_size=size,
             low=self.low,
             high=self.high,
+            scales=None if shared else Ladder(unit_OG=scale_OG, group_size=size, dtype=dtype),
         )
-        return Framed(frame=frame, with_frame=lambda _, codes: {**parts, "codes": codes})
+
+        def with_frame(new: AnyFrame, codes: Tensor) -> Mapping[str, Tensor]:
+            return {**parts, "codes": codes} | ({} if shared else {"scale": new.scale_OG.to(dtype)})
+
+        return Framed(frame=frame, with_frame=with_frame)
 
     def round(self, weight: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         """The codes [O, I] i8 nearest to `weight` [O, I] or [I] f32; where the scale is 0, the codes that mean 0."""
@@ -116,7 +123,7 @@ class AffineGrid:
             steps_OGN = (weight_OGN / divisor_OG[rows, :, None]).round_().add_(zero_OG[rows, :, None])
             return steps_OGN.clamp_(self.low, self.high).to(torch.int8).flatten(1)[:, :columns]
 
-        return torch.cat([chunk(rows) for rows in _chunks(weight_OI)])
+        return torch.cat([chunk(rows) for rows in row_chunks(weight_OI)])
 
     def borders(self, params: Mapping[str, Tensor]) -> Tensor:
         """Where, with one positive scale a row, the first code begins and where each code ends: [O, codes + 1] f32."""
@@ -130,16 +137,13 @@ class AffineGrid:
         Raises NumericsError when a weight is not finite.
         """
         weight_OI = weight.reshape(-1, weight.shape[-1])
-        # Finite f32 values cannot overflow a sum in f64, so this one number tells.
-        if not bool(torch.isfinite(weight_OI.sum(dtype=torch.float64))):
-            what = f"{int((~torch.isfinite(weight_OI)).sum())} of its {weight_OI.numel()} values are not finite"
-            raise NumericsError("a tensor", what, "Mend the checkpoint, or exclude the tensor")
+        check_weights(weight_OI)
         if self.observer == "mse":
             return self._least_error(weight_OI, importance)
         # To these observers a whole tensor is one long row.
         rows_ON = weight_OI.reshape(1, -1) if self.granularity == "tensor" else weight_OI
         if self.observer == "kl":
-            return _joined([self._least_divergence(rows_ON[rows]) for rows in _chunks(rows_ON)])
+            return _joined([self._least_divergence(rows_ON[rows]) for rows in row_chunks(rows_ON)])
         return self._of_ranges(rows_ON)
 
     def _of_ranges(self, weight_OI: Tensor) -> Mapping[str, Tensor]:
@@ -151,7 +155,7 @@ class AffineGrid:
                 return self._of_range(*observers.percentile(weight_OGN, self.symmetric))
             return self._of_range(*observers.minmax(weight_OGN))
 
-        return _joined([chunk(rows) for rows in _chunks(weight_OI)])
+        return _joined([chunk(rows) for rows in row_chunks(weight_OI)])
 
     def _of_range(self, minimum_OG: Tensor, maximum_OG: Tensor) -> Mapping[str, Tensor]:
         """The parameters whose codes just cover these ranges, which include 0: no value inside is off by more than half
@@ -165,12 +169,7 @@ class AffineGrid:
         return {"scale": scale_OG, "zero_point": (self.low - below_OG).clamp(self.low, self.high).to(torch.int8)}
 
     def _stored(self, scale_OG: Tensor) -> Tensor:
-        """The scale in the dtype it is stored in, never infinite and 0 only where it was 0 in f32."""
-        dtype = DTYPES[self.scale_dtype]
-        limits = torch.finfo(dtype)
-        smallest_OG = torch.full_like(scale_OG, limits.tiny * limits.eps).copysign(scale_OG).to(dtype)
-        cast_OG = scale_OG.clamp(limits.min, limits.max).to(dtype)
-        return torch.where((cast_OG == 0) & (scale_OG != 0), smallest_OG, cast_OG)
+        return stored_scale(scale_OG, DTYPES[self.scale_dtype])
 
     def _least_divergence(self, weight_ON: Tensor) -> Mapping[str, Tensor]:
         """The parameters [O, 1] of the share of minmax's range with the least KL divergence; the widest of equals."""
@@ -237,11 +236,6 @@ def per_row(parts: Mapping[str, Tensor], rows: int) -> tuple[Tensor, Tensor]:
     if "zero_point" not in parts:
         return scale_OG, torch.zeros(1, 1).expand_as(scale_OG)
     return scale_OG, parts["zero_point"].float().expand(rows, -1)
-
-
-def _chunks(values_OI: Tensor) -> list[slice]:
-    rows = max(1, CHUNK_WEIGHTS // max(1, values_OI.shape[1]))
-    return [slice(first, first + rows) for first in range(0, len(values_OI), rows)]
 
 
 def _joined(params: list[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:

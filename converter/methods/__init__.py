@@ -23,7 +23,8 @@ class Block:
 
     tensors: every tensor of the block that the artifact stores, f32. stats: by tap name, empty for methods that need
     none and for models without a known architecture. where: the block in words, for errors. importance: of the columns
-    [I] of the tensors that an imatrix file speaks of; it goes before what the statistics say.
+    [I] of the tensors that an imatrix file speaks of; it goes before what the statistics say. notes: by tensor, what a
+    transform could not do as asked, for the comparison.
     """
 
     where: str
@@ -32,6 +33,7 @@ class Block:
     taps: tuple[Tap, ...] = ()
     foldings: tuple[Folding, ...] = ()
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def stats_of(self, tensor: str) -> TapStats | None:
         """The statistics of the tap that the linear with weight `tensor` reads; None when it has none."""
@@ -57,14 +59,16 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """The statistics that a method asks the calibration pass for."""
+    """The statistics that a method asks the calibration pass for; drift: of a target's own chain, where it has one."""
 
     sums: bool = False
     gram: bool = False
+    drift: bool = False
 
 
-Transform = Callable[[Block, Options], Block]
-# The mapping gives the grid of each tensor in the block; the result has an entry for each, and notes on what happened.
+# The mapping gives the grid of each tensor in the block.
+Transform = Callable[[Block, Mapping[str, Grid], Options], Block]
+# The result has an entry for each tensor, and notes on what happened.
 Rounder = Callable[[Block, Mapping[str, Grid], Options], "Rounded"]
 
 

@@ -1,12 +1,16 @@
 """GPTQ: round column by column, pushing each column's error onto those not yet rounded, then go over the codes again.
 
 Scales and whatever else a grid stores are those that round-to-nearest fits with importance; where a grid allows it,
-they move a little afterwards, with the codes held. So one solver serves integer grids and GGUF blocks alike (see
-quantkernels.columns.Frame), and a GGUF file keeps its size and its readers. Columns go in the order of falling
-activation power, while scales stay those of contiguous groups ("static activation order"): the accuracy of the order
-without an index array in the file. One factorisation serves all linears of a tap, stacked on the output axis, because
-rows do not depend on each other. The alternative, refitting each group's scale on the corrected weights, forbids that
-order.
+they move a little afterwards, with the codes held, to where the error is least. So one solver serves integer grids and
+GGUF blocks alike (see quantkernels.columns.Frame), and a GGUF file keeps its size and its readers. Columns go in the
+order of falling activation power, while scales stay those of contiguous groups ("static activation order"): the
+accuracy of the order without an index array in the file. One factorisation serves all linears of a tap, stacked on the
+output axis, because rows do not depend on each other. The alternative, refitting each group's scale on the corrected
+weights, forbids that order.
+
+Where statistics are of a target's own chain, what is rounded is not the weight but the one whose output on the chain's
+inputs is nearest to the original's output on its own (`aimed`): so errors of earlier blocks are made up for. Inputs of
+the chain without that were measured to bring nothing.
 
 # O out, I in.
 """
@@ -15,14 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
+from converter.architecture import Tap
 from converter.errors import NumericsError
 from converter.grids import Coded, Framed, Grid
 from converter.methods import Block, Options, Rounded
 from converter.methods.rtn import importance_of, is_quantized, nearest, round_to_nearest
+from converter.stats import TapStats
 from quantkernels import columns
 
 PIECE_WEIGHTS = 1 << 24  # rows are solved this many weights at a time; each of some six temporaries takes 64 MB
@@ -36,13 +43,14 @@ PROBE_ERROR = 1e-3  # the share by which H^-1 H x may miss x there; more sends i
 class Factor:
     """A Hessian made ready: upper_II^T upper_II is the inverse of the damped Hessian with its columns in order_I.
 
-    hessian_II is the damped Hessian itself, columns in their own order. note tells what was not as asked; it is empty
-    when all was.
+    hessian_II is the damped Hessian itself, columns in their own order, in units of the Gram matrix's mean diagonal,
+    `unit`, which is None where only the diagonal was kept. note tells what was not as asked; it is empty when all was.
     """
 
     order_I: Tensor
     upper_II: Tensor
     hessian_II: Tensor
+    unit: float | None = None
     note: str = ""
 
 
@@ -60,9 +68,10 @@ def gptq(block: Block, grids: Mapping[str, Grid], options: Options) -> Rounded:
     """Every linear that has a Gram matrix and a grid with codes solved by GPTQ; everything else rounded to nearest.
 
     Scales are fitted with the mean squares of the tap as importance. options.sweeps passes of coordinate descent
-    follow, over the codes and, in GGUF blocks, the scales. With a diagonal Hessian integer grids get what
-    round_to_nearest with importance gives, code for code. Matrices that could not be solved, and damping that had to
-    grow, are in the notes.
+    follow, over the codes and, with those held, the scales, as far as a grid stores others. Before those, with a
+    diagonal Hessian integer grids have what round_to_nearest with importance gives, code for code. Statistics with a
+    drift correct what is aimed at, see `aimed`. Matrices that could not be solved, and damping that had to grow, are in
+    the notes.
     Raises NumericsError when a Hessian or a weight is not finite.
     Source: Frantar et al. 2022, arXiv:2210.17323; Behdin et al. 2023, arXiv:2309.01885.
     """
@@ -70,19 +79,10 @@ def gptq(block: Block, grids: Mapping[str, Grid], options: Options) -> Rounded:
     notes: dict[str, str] = {}
     for tap in block.taps:
         stats = block.stats.get(tap.name)
-        names = [name for linear in tap.linears if (name := f"{linear}.weight") in grids]
-        linears = _linears(block, names, grids) if stats is not None and stats.gram is not None else []
-        if stats is None or stats.gram is None or not linears:
-            continue
-        for together in {linear.framed.frame.together: None for linear in linears}:
-            factor = factorize(stats.gram, options.damping, f"{block.where} {tap.name}", together)
-            alike: dict[tuple[object, ...], list[_Linear]] = {}
-            for linear in linears:
-                if linear.framed.frame.together == together:
-                    alike.setdefault(linear.framed.frame.kind, []).append(linear)
-            for some in alike.values():
-                coded.update(_solve(some, factor, options.sweeps))
-                notes.update({linear.name: factor.note for linear in some if factor.note})
+        if stats is not None and stats.gram is not None:
+            solved = _solve_tap(block, tap, stats, grids, options)
+            coded.update(solved.coded)
+            notes.update(solved.notes)
     rest = {name: weight for name, weight in block.tensors.items() if name not in coded}
     rounded = round_to_nearest(replace(block, tensors=rest), grids, options)
     unsolved = [name for name, weight in rest.items() if is_quantized(weight, grids[name])]
@@ -92,16 +92,64 @@ def gptq(block: Block, grids: Mapping[str, Grid], options: Options) -> Rounded:
     return Rounded(coded={name: coded[name] for name in block.tensors}, notes=notes)
 
 
-def _linears(block: Block, names: list[str], grids: Mapping[str, Grid]) -> list[_Linear]:
-    """Those of the weights `names` that have codes, rounded to nearest with importance."""
+def _solve_tap(block: Block, tap: Tap, stats: TapStats, grids: Mapping[str, Grid], options: Options) -> Rounded:
+    """The linears of one tap, those that have grids with codes; stats has a Gram matrix."""
+    assert stats.gram is not None
+    factor_of = cache(partial(factorize, stats.gram, options.damping, f"{block.where} {tap.name}"))
+    names = [name for linear in tap.linears if (name := f"{linear}.weight") in grids]
+    weights = {name: block.tensors[name] for name in names if is_quantized(block.tensors[name], grids[name])}
+    told = ""
+    if stats.drift is not None and weights:
+        weights, told = _aimed(weights, stats.drift, factor_of(1))
+    linears = _linears(block, weights, grids)
+    coded: dict[str, Coded] = {}
+    notes: dict[str, str] = {}
+    for together in {linear.framed.frame.together: None for linear in linears}:
+        factor = factor_of(together)
+        alike: dict[tuple[object, ...], list[_Linear]] = {}
+        for linear in linears:
+            if linear.framed.frame.together == together:
+                alike.setdefault(linear.framed.frame.kind, []).append(linear)
+        for some in alike.values():
+            coded.update(_solve(some, factor, options.sweeps))
+            said = "; ".join(note for note in (factor.note, told) if note)
+            notes.update({linear.name: said for linear in some if said})
+    return Rounded(coded=coded, notes=notes)
+
+
+def _aimed(weights: Mapping[str, Tensor], drift_II: Tensor, factor: Factor) -> tuple[dict[str, Tensor], str]:
+    """Every weight as `aimed` gives it, or all as they are and a note why."""
+    if factor.unit is None:  # factor.note says so
+        return dict(weights), ""
+    found = {name: aimed(weight_OI, drift_II, factor) for name, weight_OI in weights.items()}
+    if all(bool(weight_OI.isfinite().all()) for weight_OI in found.values()):
+        return found, ""
+    return dict(weights), "what would make up for earlier blocks is not finite: left out"
+
+
+def aimed(weight_OI: Tensor, drift_II: Tensor, factor: Factor) -> Tensor:
+    """The weight [O, I] f32 that on the chain's inputs x comes nearest to weight_OI on the original's inputs o.
+
+    drift_II [I, I] f32 is the sum of (o - x) x^T, factor that of H, the sum of x x^T. The sum of |W o - V x|^2 is least
+    where V H = W (H + drift), so V = W + W drift H^-1; H is damped as the factor is, which keeps V near W where the
+    inputs say little. Without drift V is W, bit for bit.
+    """
+    assert factor.unit is not None
+    order_I, upper_II = factor.order_I, factor.upper_II
+    away_OI = (weight_OI @ drift_II).div_(factor.unit)[:, order_I]
+    aimed_OI = weight_OI.clone()
+    aimed_OI[:, order_I] += (away_OI @ upper_II.T) @ upper_II
+    return aimed_OI
+
+
+def _linears(block: Block, weights: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> list[_Linear]:
+    """Those of the weights that have codes, rounded to nearest with importance."""
     found = []
-    for name in names:
-        weight = block.tensors[name]
-        if is_quantized(weight, grids[name]):
-            coded = nearest(f"{block.where} {name}", weight, grids[name], importance_of(block, name))
-            framed = grids[name].framed(coded.parts)
-            if framed is not None:
-                found.append(_Linear(name=name, weight_OI=weight, coded=coded, framed=framed))
+    for name, weight_OI in weights.items():
+        coded = nearest(f"{block.where} {name}", weight_OI, grids[name], importance_of(block, name))
+        framed = grids[name].framed(coded.parts)
+        if framed is not None:
+            found.append(_Linear(name=name, weight_OI=weight_OI, coded=coded, framed=framed))
     return found
 
 
@@ -163,14 +211,14 @@ def factorize(gram_II: Tensor, damping: float, where: str, together: int = 1) ->
     hessian_II = _damped(gram_II, mean, damping)
     upper_II = _inverse_factor(_damped(gram_II, mean, damping, order_I.flip(0)))
     if upper_II is not None and _holds(upper_II, hessian_II, order_I):
-        return Factor(order_I=order_I, upper_II=upper_II, hessian_II=hessian_II)
+        return Factor(order_I=order_I, upper_II=upper_II, hessian_II=hessian_II, unit=mean)
     del upper_II, hessian_II
     for share in _dampings(damping):
         upper_II = _inverse_factor(_damped(gram_II, mean, share, order_I.flip(0), torch.float64))
         if upper_II is not None:
             raised = f"the Hessian is not positive definite: damping raised to {share:g}" if share > damping else ""
             hessian_II = _damped(gram_II, mean, share)
-            return Factor(order_I=order_I, upper_II=upper_II, hessian_II=hessian_II, note=raised)
+            return Factor(order_I=order_I, upper_II=upper_II, hessian_II=hessian_II, unit=mean, note=raised)
     powers_I = _damped(gram_II, mean, share).diagonal().clamp(min=1)
     note = f"the Hessian is not positive definite at damping {share:g}: rounded to nearest with importance"
     upper_II = powers_I[order_I].rsqrt().diag()

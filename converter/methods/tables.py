@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from converter.architecture import Folding
 from converter.methods import Needs, Rounder, Transform
+from converter.methods.awq import awq
 from converter.methods.gptq import gptq
 from converter.methods.rtn import round_to_nearest
 from converter.methods.smoothquant import smoothquant
 
 TRANSFORMS: dict[str, Transform] = {
     "smoothquant": smoothquant,
+    "awq": awq,
 }
 
 ROUNDERS: dict[str, Rounder] = {
@@ -18,9 +21,19 @@ ROUNDERS: dict[str, Rounder] = {
     "gptq": gptq,
 }
 
+# The transforms that carry out foldings, by what absorbs the scales.
+FOLDS_NORMS = ("smoothquant", "awq")
+FOLDS_LINEARS = ("awq",)
+
 # What a method asks of the calibration pass, given whether the target weighs errors by importance.
 NEEDS: dict[str, Callable[[bool], Needs]] = {
     "smoothquant": lambda importance: Needs(sums=True),
+    "awq": lambda importance: Needs(sums=True, gram=True),
     "rtn": lambda importance: Needs(sums=importance),
-    "gptq": lambda importance: Needs(sums=True, gram=True),
+    "gptq": lambda importance: Needs(sums=True, gram=True, drift=True),
 }
+
+
+def folds(methods: Sequence[str], folding: Folding) -> bool:
+    """Whether any of the methods may carry out this folding."""
+    return bool({*methods} & {*(FOLDS_NORMS if folding.norm else FOLDS_LINEARS)})

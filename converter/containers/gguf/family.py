@@ -1,9 +1,9 @@
 """The GGUF section of an architecture's YAML, and how config.json answers it.
 
 A family's section is data: which modules a block has, what is done to their rows, which config values become which
-metadata. Values are looked up along a list: config paths by preference ("rope_parameters.rope_theta"), quotients of two
-paths ("hidden_size/num_attention_heads"), and a number as the default that transformers would take. llama.cpp's
-converter says the same in a Python class per family; the price of data is that a new kind of oddity needs a new key.
+metadata. A value is looked up along a list of formulas (converter/expression.py) by preference, with a number as the
+default that transformers would take; null at the end leaves the value out. llama.cpp's converter says the same in a
+Python class per family; the price of data is that a new kind of oddity needs a new key.
 """
 
 from __future__ import annotations
@@ -14,38 +14,86 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.architecture import Architecture
-from converter.errors import SourceError, UnsupportedError
+from converter.errors import UnsupportedError
+from converter.expression import evaluate
 
-Lookup = Sequence[str | int | float]
+Lookup = Sequence[str | int | float | bool | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divided:
+    """A checkpoint tensor that the file has as others: `by`, a preparation with GGUF keys for numbers, gives `into`.
+
+    into: their names in the file, relative to the block; the number of the part is the preparation's last. What moves
+    the rows of one of them stands among the operations by that name.
+    """
+
+    by: str
+    into: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number:
+    """A number that the checkpoint keeps as a tensor of each block: its name relative to the block, and its shape."""
+
+    tensor: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stacked:
+    """Vectors of a block, MODULE.0.weight and so on, that the file has as one tensor.
+
+    count: the GGUF key that says how many; name: the tensor's, relative to the block.
+    """
+
+    count: str
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family as GGUF stores it.
+    """A family as GGUF stores it. Modules and tensors of a block are named relative to it.
 
-    architecture: GGUF's name of it. norms: the block's modules that are no linears. biases: modules that may have one.
-    operations: by module, "rope_permute KEY" with the GGUF key that holds the number of heads, or "add 1".
-    integers, floats: metadata by key without the architecture's prefix; optional: integers left out when config.json
-    has none. rope: kinds of rope scaling that the reader knows. requires: config values that the reader takes for
-    granted. derived: those that it works out from others, by the number of layers (0: all that are not named).
-    full_attention_every: one layer in so many sees the whole context, the others a sliding window (0: all see it).
-    ignored_windows: config paths of sliding windows that the reader does without. wide_norms: whether the norms of
-    queries and keys span all heads, not one.
+    architecture: GGUF's name of it. modules: those of a block that have a weight and are no linears, always stored as
+    F32 unless they are a matrix that readers quantize. absent: linears of the taps that this model lacks. biases:
+    modules, also outside the blocks, that may have one. outside: modules outside the blocks beyond embedding, final
+    norm and head. names: by tensor of the checkpoint, its ending included, the name in the file where gguf-py's own map
+    has none. operations: by module or tensor, see operations.py, with GGUF keys for numbers. divided: see Divided.
+    stacked: see Stacked, by module. dropped: reasons by pattern of checkpoint names, for what readers have no use for.
+
+    integers, floats, booleans, texts: metadata by key without the architecture's prefix. by_layer: arrays with a value
+    for each block, by kind and key; formulas may use `layer`. from_tensors: arrays of F32 with a value for each block
+    that lies in the checkpoint; a plan holds zeros in their place. rope: kinds of rope scaling that the reader knows.
+    requires: config values that the reader takes for granted, in each `layer` where the formula names it. derived:
+    those that it works out from others, by the number of layers (0: all that are not named). full_attention_every: one
+    layer in so many sees the whole context, the others a sliding window (0: all see it). ignored_windows: config paths
+    of sliding windows that the reader does without. otherwise: what the reader computes a little otherwise, a sentence
+    by the formula that is true of config.json then.
     """
 
     architecture: str
-    norms: tuple[str, ...]
+    modules: tuple[str, ...]
+    absent: tuple[str, ...]
     biases: tuple[str, ...]
+    outside: tuple[str, ...]
+    names: Mapping[str, str]
     operations: Mapping[str, str]
+    divided: Mapping[str, Divided]
+    stacked: Mapping[str, Stacked]
+    dropped: Mapping[str, str]
     integers: Mapping[str, Lookup]
     floats: Mapping[str, Lookup]
-    optional: Mapping[str, Lookup]
+    booleans: Mapping[str, Lookup]
+    texts: Mapping[str, Lookup]
+    by_layer: Mapping[str, Mapping[str, Lookup]]
+    from_tensors: Mapping[str, Number]
     rope: tuple[str, ...]
     requires: Mapping[str, Sequence[Any]]
     derived: Mapping[str, Mapping[int, Lookup]]
     full_attention_every: int
     ignored_windows: tuple[str, ...]
-    wide_norms: bool
+    otherwise: Mapping[str, str]
 
 
 def family_of(architecture: Architecture | None, where: str) -> Family:
@@ -58,18 +106,33 @@ def family_of(architecture: Architecture | None, where: str) -> Family:
     section = architecture.gguf
     return Family(
         architecture=section["architecture"],
-        norms=tuple(section["norms"]),
+        modules=tuple(section.get("modules", ())),
+        absent=tuple(section.get("absent", ())),
         biases=tuple(section.get("biases", ())),
+        outside=tuple(section.get("outside", ())),
+        names=section.get("names", {}),
         operations=section.get("operations", {}),
+        divided={
+            name: Divided(by=entry["by"], into=tuple(entry["into"]))
+            for name, entry in section.get("divided", {}).items()
+        },
+        stacked={module: Stacked(**entry) for module, entry in section.get("stacked", {}).items()},
+        dropped=section.get("dropped", {}),
         integers=section["integers"],
         floats=section["floats"],
-        optional=section.get("optional", {}),
+        booleans=section.get("booleans", {}),
+        texts=section.get("texts", {}),
+        by_layer=section.get("by_layer", {}),
+        from_tensors={
+            key: Number(tensor=entry["tensor"], shape=tuple(entry["shape"]))
+            for key, entry in section.get("from_tensors", {}).items()
+        },
         rope=tuple(section.get("rope", ("default",))),
         requires=section.get("requires", {}),
         derived=section.get("derived", {}),
         full_attention_every=section.get("full_attention_every", 0),
         ignored_windows=tuple(section.get("ignored_windows", ())),
-        wide_norms=section.get("wide_norms", False),
+        otherwise=section.get("otherwise", {}),
     )
 
 
@@ -77,33 +140,17 @@ def modules_of(family: Family, architecture: Architecture) -> tuple[str, ...]:
     """Every module of a block that has a weight of its own in the file, relative to the block; experts are stacked."""
     linears = tuple(linear for tap in architecture.taps for linear in tap.linears)
     experts = architecture.experts
-    return family.norms + tuple(linear for linear in linears if not (experts and experts.expert_of(linear)))
+    whole = (one for one in linears if f"{one}.weight" not in family.divided and one not in family.absent)
+    return family.modules + tuple(linear for linear in whole if not (experts and experts.expert_of(linear)))
 
 
-def find(config: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path in config.json; None when a step is missing or null."""
-    value: Any = config
-    for step in path.split("."):
-        if not isinstance(value, Mapping) or step not in value:
-            return None
-        value = value[step]
-    return value
-
-
-def look_up(config: Mapping[str, Any], lookup: Lookup) -> int | float | None:
-    """The first answer along `lookup`; None when there is none."""
+def look_up(config: Mapping[str, Any], lookup: Lookup, layer: int | None = None) -> Any:
+    """The first answer along `lookup`; None when there is none. layer: what formulas may use by that name."""
     for step in lookup:
-        if not isinstance(step, str):
-            return step
-        above, _, below = step.partition("/")
-        value, divisor = find(config, above), find(config, below) if below else 1
-        if _is_number(value) and _is_number(divisor) and divisor:
-            return value // divisor if below else value  # type: ignore[no-any-return]
+        value = evaluate(step, config, layer) if isinstance(step, str) else step
+        if value is not None and not (isinstance(value, float) and not math.isfinite(value)):
+            return value
     return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_requirements(family: Family, config: Mapping[str, Any], layers: int, where: str) -> None:
@@ -115,11 +162,12 @@ def check_requirements(family: Family, config: Mapping[str, Any], layers: int, w
         return UnsupportedError(where, what, "Choose another format for this model")
 
     for path, allowed in family.requires.items():
-        value = find(config, path)
-        if value is not None and value not in allowed:
-            raise refuse(path, value, " or ".join(map(repr, allowed)))
+        for layer in range(layers):
+            value = evaluate(path, config, layer)
+            if value is not None and value not in allowed:
+                raise refuse(path, value, " or ".join(map(repr, allowed)))
     for path, rules in family.derived.items():
-        value, derived = find(config, path), look_up(config, rules.get(layers, rules[0]))
+        value, derived = evaluate(path, config), look_up(config, rules.get(layers, rules[0]))
         if value != derived:
             raise refuse(path, value, repr(derived))
     every = family.full_attention_every
@@ -127,7 +175,7 @@ def check_requirements(family: Family, config: Mapping[str, Any], layers: int, w
         kinds = ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(layers)]
         taken = f"full attention in the last of every {every} layers, a sliding window in the others"
         for path, wanted in (("layer_types", kinds), ("sliding_window_pattern", every)):
-            value = find(config, path)
+            value = evaluate(path, config)
             if value is not None and value != wanted:
                 raise refuse(path, value, taken)
 
@@ -135,106 +183,12 @@ def check_requirements(family: Family, config: Mapping[str, Any], layers: int, w
 def unread(family: Family, config: Mapping[str, Any], context: int) -> tuple[str, ...]:
     """What config.json says and the reader does without, a sentence each; context is the declared context length."""
     windows = [look_up(config, [path]) for path in family.ignored_windows]
-    return tuple(
+    without = tuple(
         f"readers of GGUF let a token see all before it and not the last {window} only, so contexts longer than that "
         "give other results than in transformers"
         for window in windows
         if window is not None and window < context
     )
-
-
-def hyper_parameters(family: Family, config: Mapping[str, Any], where: str) -> tuple[dict[str, int], dict[str, float]]:
-    """Integers and floats by GGUF key, without the architecture's prefix.
-
-    Raises SourceError when config.json lacks a value that has no default, or holds one that cannot be.
-    """
-    integers: dict[str, int] = {}
-    for key, lookup in family.integers.items():
-        value = look_up(config, lookup)
-        if value is None or value != int(value) or not 0 < value < 1 << 32:
-            raise _missing(where, key, lookup, value)
-        integers[key] = int(value)
-    for key, lookup in family.optional.items():
-        value = look_up(config, lookup)
-        if value is not None:
-            integers[key] = int(value)
-    floats: dict[str, float] = {}
-    for key, lookup in family.floats.items():
-        value = look_up(config, lookup)
-        if value is None or value < 0:
-            raise _missing(where, key, lookup, value)
-        floats[key] = float(value)
-    if integers["attention.head_count"] % integers["attention.head_count_kv"]:
-        what = (
-            f"config.json gives {integers['attention.head_count']} heads, which "
-            f"{integers['attention.head_count_kv']} key-value heads do not divide"
-        )
-        raise SourceError(where, what, "Correct config.json")
-    return integers, floats
-
-
-def _missing(where: str, key: str, lookup: Lookup, value: object) -> SourceError:
-    names = " or ".join(str(step) for step in lookup if isinstance(step, str))
-    what = f"config.json has no {names}" if value is None else f"config.json gives {value} for {names}"
-    return SourceError(where, f"{what} (GGUF's {key})", "Complete config.json from the model's original")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How positions are stretched: metadata by GGUF key, and one divisor per rotated frequency (empty: none)."""
-
-    kind: str = ""
-    factor: float = 0.0
-    original_context: int = 0
-    divisors: tuple[float, ...] = ()
-
-
-def rope_scaling(
-    family: Family, config: Mapping[str, Any], base: float, dimensions: int, context: int, where: str
-) -> RopeScaling:
-    """What config.json's rope scaling becomes; raises UnsupportedError for kinds that GGUF cannot say.
-
-    base is the rope's base frequency, dimensions the rotated columns of a head, context the declared context length.
-    Divisors: Llama 3.1's rule, as in transformers (modeling_rope_utils, "llama3").
-    """
-    settings = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    settings = settings.get("full_attention", settings)  # Gemma 3; its layers with a window have none, see `requires`
-    kind = settings.get("rope_type", settings.get("type")) or "default"
-    partial = settings.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    unknown = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if settings.get(name) is not None]
-    if kind not in family.rope or (partial is not None and partial != 1) or (kind != "default" and unknown):
-        asked = (
-            f"rope scaling '{kind}'"
-            if kind not in family.rope
-            else "a rope with " + ", ".join(unknown or ["partial_rotary_factor"])
-        )
-        what = f"config.json asks for {asked}; GGUF stores for {family.architecture}: {', '.join(family.rope)}"
-        raise UnsupportedError(where, what, "Choose another format for this model")
-    if kind == "default":
-        return RopeScaling()
-    try:
-        factor = float(settings["factor"])
-        if kind == "linear":
-            return RopeScaling(kind=kind, factor=factor)
-        original = int(settings.get("original_max_position_embeddings") or context)
-        if kind == "yarn":
-            return RopeScaling(kind=kind, factor=factor, original_context=original)
-        low, high = float(settings["low_freq_factor"]), float(settings["high_freq_factor"])
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"config.json's rope scaling '{kind}' is incomplete: {error}"
-        raise SourceError(where, what, "Complete config.json from the model's original") from error
-    divisors = tuple(
-        _llama3_divisor(base ** (-2 * pair / dimensions), factor, low, high, original)
-        for pair in range(dimensions // 2)
+    return without + tuple(
+        dict.fromkeys(said for formula, said in family.otherwise.items() if evaluate(formula, config))
     )
-    return RopeScaling(divisors=divisors)
-
-
-def _llama3_divisor(frequency: float, factor: float, low: float, high: float, original: int) -> float:
-    turns = original * frequency / (2 * math.pi)  # full rotations within the original context
-    if turns > high:
-        return 1.0
-    if turns < low:
-        return factor
-    smooth = (turns - low) / (high - low)
-    return 1 / ((1 - smooth) / factor + smooth)

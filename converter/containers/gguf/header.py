@@ -88,6 +88,14 @@ def i32s(values: Sequence[int]) -> Field:
     return Field(kind=ARRAY, item=int(gguf.GGUFValueType.INT32), value=tuple(values))
 
 
+def u8s(values: bytes) -> Field:
+    return Field(kind=ARRAY, item=int(gguf.GGUFValueType.UINT8), value=tuple(values))
+
+
+def booleans(values: Sequence[bool]) -> Field:
+    return Field(kind=ARRAY, item=int(gguf.GGUFValueType.BOOL), value=tuple(values))
+
+
 def f32s(values: Sequence[float]) -> Field:
     return Field(kind=ARRAY, item=int(gguf.GGUFValueType.FLOAT32), value=tuple(values))
 

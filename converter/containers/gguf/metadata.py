@@ -1,7 +1,9 @@
-"""The metadata of a GGUF file: what the model computes with, where it comes from, how it was quantized.
+"""The metadata of a GGUF file: where the model comes from, what it is, how it was quantized.
 
 Everything is said with GGUF's standard keys, so that hubs and readers show it; where the model came from to the commit
-has no standard key and stands under `hubmill.`. What a model card does not say is left out, never guessed from a name.
+has no standard key and stands under `hubmill.`. What the model card says goes before what its name tells, and both
+before nothing: what neither says is left out. `general.url`, `.repo_url`, `.doi` and `.uuid` are of the file that is
+written, which is not published yet, so only the manifest can give them; those of the card are the source's.
 
 Source: the GGUF specification's list of keys (ggml, docs/gguf.md).
 """
@@ -9,106 +11,69 @@ Source: the GGUF specification's list of keys (ggml, docs/gguf.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import gguf
 
 from converter.containers import TensorPlan
-from converter.containers.gguf.family import Family, RopeScaling
-from converter.containers.gguf.header import Field, f32, string, strings, u32
+from converter.containers.gguf.authorship import HUB, URL, card_metadata, metadata_fields, title
+from converter.containers.gguf.family import Family
+from converter.containers.gguf.header import Field, string, u32
 from converter.containers.gguf.mixture import MIXTURES
+from converter.containers.gguf.naming import model_name, name_parts, size_label
+from converter.containers.gguf.sampling import add_sampling
+from converter.front_matter import read_front_matter
 from converter.manifest import Target
 from converter.source import Snapshot
-
-HUB = "https://huggingface.co"
-
-
-def hyper_fields(
-    family: Family, integers: Mapping[str, int], floats: Mapping[str, float], scaling: RopeScaling
-) -> dict[str, Field]:
-    """What the reader's graph is built from, under the architecture's prefix."""
-    prefix = family.architecture + "."
-    fields = {prefix + key: u32(value) for key, value in integers.items()}
-    fields |= {prefix + key: f32(value) for key, value in floats.items()}
-    if scaling.kind:
-        fields[prefix + "rope.scaling.type"] = string(scaling.kind)
-        fields[prefix + "rope.scaling.factor"] = f32(scaling.factor)
-    if scaling.original_context:
-        fields[prefix + "rope.scaling.original_context_length"] = u32(scaling.original_context)
-    return fields
 
 
 def general_fields(
     snapshot: Snapshot, family: Family, target: Target, tensors: Sequence[TensorPlan]
-) -> dict[str, Field]:
-    """What the file is and where it comes from."""
-    card = read_card(snapshot.folder) or {}
+) -> tuple[dict[str, Field], tuple[str, ...]]:
+    """What the file is and where it comes from, and what the model's small files say in vain, a sentence each."""
     fields = {
         "general.architecture": string(family.architecture),
         "general.type": string("model"),
-        "general.name": string(model_name(snapshot)),
-        "general.size_label": string(gguf.size_label(sum(math.prod(tensor.shape) for tensor in tensors), 0, 0, 0)),
-        "general.quantized_by": string("hubmill"),
         "general.file_type": u32(MIXTURES[target.type or ""].number),
     }
     if any(tensor.quantized for tensor in tensors):
         fields["general.quantization_version"] = u32(gguf.GGML_QUANT_VERSION)
-    if snapshot.source.startswith("hub:"):
-        fields["general.organization"] = string(snapshot.repo.partition("/")[0])
-        fields["general.source.repo_url"] = string(f"{HUB}/{snapshot.repo}")
-        fields["general.source.url"] = string(f"{HUB}/{snapshot.repo}/tree/{snapshot.commit}")
+    metadata, notes = _metadata(snapshot, tensors)
+    fields |= metadata_fields(metadata)
     fields["hubmill.source.repo"] = string(snapshot.repo)
     fields["hubmill.source.commit"] = string(snapshot.commit)
-    fields |= card_fields(card)
     if target.collects_imatrix:
         covered = sum(tensor.quantized and tensor.block is not None for tensor in tensors)
         fields["quantize.imatrix.entries_count"] = u32(covered)
-    return fields
+    return fields, notes
 
 
-def model_name(snapshot: Snapshot) -> str:
-    """The last part of the repository's name."""
-    return snapshot.repo.rstrip("/").rpartition("/")[2]
-
-
-def read_card(folder: Path) -> dict[str, Any] | None:
-    """The front matter of README.md; {} when there is none, None when it cannot be read.
-
-    A stranger's broken card must not stop a conversion, and gguf-py's loader raises whatever its YAML library does.
-    """
-    try:
-        return dict(gguf.Metadata.load_model_card(folder))
-    except Exception:
-        return None
-
-
-def card_fields(card: Mapping[str, Any]) -> dict[str, Field]:
-    """Licence, lineage, languages and tags as the model card gives them."""
-    fields: dict[str, Field] = {}
-    for key, name in (("license", "license"), ("license_name", "license.name"), ("license_link", "license.link")):
-        if isinstance(card.get(key), str):
-            fields[f"general.{name}"] = string(card[key])
-    bases = _texts(card.get("base_model"))
-    if bases:
-        fields["general.base_model.count"] = u32(len(bases))
-    for number, base in enumerate(bases):
-        owner, _, name = base.rpartition("/")
-        fields[f"general.base_model.{number}.name"] = string(name)
-        if owner:
-            fields[f"general.base_model.{number}.organization"] = string(owner)
-            fields[f"general.base_model.{number}.repo_url"] = string(f"{HUB}/{base}")
-    tags = _texts(card.get("tags")) + _texts(card.get("pipeline_tag"))
-    if tags:
-        fields["general.tags"] = strings(list(dict.fromkeys(tags)))
-    languages = _texts(card.get("language"))
-    if languages:
-        fields["general.languages"] = strings(languages)
-    return fields
-
-
-def _texts(value: object) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+def _metadata(snapshot: Snapshot, tensors: Sequence[TensorPlan]) -> tuple[gguf.Metadata, tuple[str, ...]]:
+    """Card, name, generation config and hub put together."""
+    card, problem = read_front_matter(snapshot.folder)
+    weights = sum(math.prod(tensor.shape) for tensor in tensors)
+    metadata, odd = card_metadata(card, weights)
+    notes = add_sampling(metadata, snapshot.folder)
+    if problem:
+        notes += ("the front matter of README.md cannot be read, so licence, languages and tags are left out",)
+    if odd:
+        notes += (f"the front matter of README.md has values of another form ({', '.join(odd)}), which are left out",)
+    name = model_name(snapshot)
+    on_hub = snapshot.source.startswith("hub:")
+    parts = name_parts(name, weights, on_hub)
+    metadata.name = metadata.name or title(name) or name  # the title of "-" is empty
+    metadata.basename = metadata.basename or parts.basename or None
+    metadata.finetune = metadata.finetune or parts.finetune or None
+    metadata.version = metadata.version or parts.version or None
+    metadata.size_label = size_label(tensors)
+    metadata.quantized_by = "hubmill"
+    link = metadata.license_link or ""
+    if on_hub:
+        metadata.organization = metadata.organization or title(snapshot.repo.partition("/")[0])
+        metadata.source_repo_url = f"{HUB}/{snapshot.repo}"
+        metadata.source_url = f"{HUB}/{snapshot.repo}/tree/{snapshot.commit}"
+        if link in snapshot.files:
+            link = f"{HUB}/{snapshot.repo}/blob/{snapshot.commit}/{link}"
+    # A file of the source is not beside this one, so its bare name would lead nowhere.
+    metadata.license_link = link if URL.fullmatch(link) else None
+    return metadata, notes

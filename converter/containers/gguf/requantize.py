@@ -22,9 +22,9 @@ from converter.containers.gguf.choice import stored_types
 from converter.containers.gguf.coverage import Weighing, check_coverage, weighing_fields, weighing_of
 from converter.containers.gguf.files import Layout, check_planned, entries_of, write_files
 from converter.containers.gguf.header import Field, size_of, string, u32
-from converter.containers.gguf.metadata import model_name
 from converter.containers.gguf.mixing import Facts, Weight, is_quantized, may_quantize
 from converter.containers.gguf.mixture import MIXTURES
+from converter.containers.gguf.naming import file_stem
 from converter.containers.gguf.overrides import overridden
 from converter.containers.gguf.shards import Bundle, lay_out_files, too_large
 from converter.containers.gguf.source import UNQUANTIZED, bundle_of
@@ -151,8 +151,9 @@ def lay_out(
     """The layout of the files."""
     where = f"{snapshot.repo} (target {target.name})"
     fields = overridden(fields_of(snapshot, bundle, target, tensors, weighing), target.metadata, where)
-    stem = f"{model_name(snapshot)}-{target.type}"
-    shards = lay_out_files(stem, fields, entries_of(tensors), target.split_tensors, target.split_bytes)
+    shards = lay_out_files(
+        file_stem(snapshot, target), fields, entries_of(tensors), target.split_tensors, target.split_bytes
+    )
     return Layout(shards=shards, notes=too_large(shards, target.split_bytes))
 
 

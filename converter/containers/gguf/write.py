@@ -6,31 +6,31 @@ order and are brought into the file's on the way (see tensors).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-from torch import Tensor
 
 from converter.architecture import Architecture
 from converter.containers import ArtifactPlan, Parts, TensorPlan
 from converter.containers.gguf.coverage import Weighing, check_coverage, weighing_fields, weighing_of
 from converter.containers.gguf.family import (
     Family,
-    RopeScaling,
     check_requirements,
     family_of,
-    hyper_parameters,
-    rope_scaling,
     unread,
 )
 from converter.containers.gguf.files import Layout, check_planned, entries_of, write_files
-from converter.containers.gguf.metadata import general_fields, hyper_fields, model_name, read_card
+from converter.containers.gguf.header import string
+from converter.containers.gguf.hyper import Hyper, filled, hyper_parameters
+from converter.containers.gguf.metadata import general_fields
 from converter.containers.gguf.mixture import MIXTURES
+from converter.containers.gguf.naming import file_stem, readable_name
 from converter.containers.gguf.overrides import overridden
+from converter.containers.gguf.pooling import pooling_fields
+from converter.containers.gguf.rope import RopeScaling, rope_scaling
 from converter.containers.gguf.shards import lay_out_files, too_large
-from converter.containers.gguf.tensors import FREQUENCIES, plan_tensors, torch_bytes
-from converter.containers.gguf.tokenizer import describe_tokenizer
+from converter.containers.gguf.tensors import plan_tensors, torch_bytes
+from converter.containers.gguf.tokenizer import PRE_KEY, Described, describe_tokenizer
 from converter.errors import UnsupportedError
 from converter.manifest import Target
 from converter.source import Snapshot
@@ -41,8 +41,7 @@ class Known:
     """What config.json says, in GGUF's words."""
 
     family: Family
-    integers: Mapping[str, int]
-    floats: Mapping[str, float]
+    hyper: Hyper
     scaling: RopeScaling
 
 
@@ -52,22 +51,10 @@ def know(snapshot: Snapshot, architecture: Architecture | None, target: Target) 
     family = family_of(architecture, where)
     if target.type not in MIXTURES:
         raise UnsupportedError(where, f"GGUF files of type {target.type} are not made", f"Choose {', '.join(MIXTURES)}")
-    integers, floats = hyper_parameters(family, snapshot.config, where)
-    check_requirements(family, snapshot.config, integers["block_count"], where)
-    scaling = rope_scaling(
-        family,
-        snapshot.config,
-        floats["rope.freq_base"],
-        integers["rope.dimension_count"],
-        integers["context_length"],
-        where,
-    )
-    return Known(family=family, integers=integers, floats=floats, scaling=scaling)
-
-
-def file_stem(snapshot: Snapshot, target: Target) -> str:
-    """The name of the artifact's file without its ending, such as "quickstart-Q4_K_M"."""
-    return f"{model_name(snapshot)}-{target.type}"
+    assert architecture is not None  # family_of has refused it
+    hyper = hyper_parameters(family, snapshot.config, architecture.blocks, where)
+    check_requirements(family, snapshot.config, architecture.blocks, where)
+    return Known(family=family, hyper=hyper, scaling=rope_scaling(family, snapshot.config, hyper, where))
 
 
 def plan(snapshot: Snapshot, architecture: Architecture | None, target: Target) -> ArtifactPlan:
@@ -75,11 +62,11 @@ def plan(snapshot: Snapshot, architecture: Architecture | None, target: Target) 
     where = f"{snapshot.repo} (target {target.name})"
     known = know(snapshot, architecture, target)
     assert architecture is not None  # know() has refused it
-    tensors, dropped = plan_tensors(snapshot, architecture, known.family, target, known.integers)
+    tensors, dropped = plan_tensors(snapshot, architecture, known.family, target, known.hyper.integers)
     weighing = weighing_of(target)
     notes = check_coverage(tensors, weighing, target, architecture, where)
     layout = lay_out(snapshot, known, target, tensors, weighing)
-    notes += unread(known.family, snapshot.config, known.integers["context_length"]) + layout.notes
+    notes += unread(known.family, snapshot.config, known.hyper.integers["context_length"]) + layout.notes
     return ArtifactPlan(
         tensors=tensors,
         files=layout.files,
@@ -91,24 +78,34 @@ def plan(snapshot: Snapshot, architecture: Architecture | None, target: Target) 
 
 
 def lay_out(
-    snapshot: Snapshot, known: Known, target: Target, tensors: Sequence[TensorPlan], weighing: Weighing | None
+    snapshot: Snapshot,
+    known: Known,
+    target: Target,
+    tensors: Sequence[TensorPlan],
+    weighing: Weighing | None,
+    tokenizer: Described | None = None,
 ) -> Layout:
-    """The layout of the files, tensors that have no source in the checkpoint first."""
+    """The layout of the files, tensors that have no source in the checkpoint first; tokenizer: None reads it."""
     where = f"{snapshot.repo} (target {target.name})"
-    fields = general_fields(snapshot, known.family, target, tensors)
-    fields |= hyper_fields(known.family, known.integers, known.floats, known.scaling)
-    tokenizer = describe_tokenizer(snapshot.folder, snapshot.config, known.integers["vocab_size"], where)
+    fields, unsaid = general_fields(snapshot, known.family, target, tensors)
+    prefix = known.family.architecture + "."
+    fields |= known.hyper.fields(prefix) | known.scaling.fields(prefix)
+    accepted = target.metadata.get(PRE_KEY)
+    tokenizer = tokenizer or describe_tokenizer(
+        snapshot.folder, snapshot.config, known.hyper.integers["vocab_size"], where, accepted
+    )
     fields |= tokenizer.fields
+    pooling, unpooled = pooling_fields(snapshot, prefix)
+    fields |= pooling
     fields |= weighing_fields(weighing)
     fields = overridden(fields, target.metadata, where)
+    name, tokens = fields["general.name"].value, fields["tokenizer.ggml.tokens"].value
+    fields["general.name"] = string(readable_name(name, tokens))
     entries = entries_of(tensors)
-    made: dict[str, Tensor] = {}
-    if known.scaling.divisors:
-        entries.insert(0, (FREQUENCIES, (len(known.scaling.divisors),), "F32"))
-        made[FREQUENCIES] = torch_bytes(known.scaling.divisors)
+    made = {name: torch_bytes(values) for name, values in known.scaling.divisors.items()}
+    entries[:0] = [(name, (len(values),), "F32") for name, values in known.scaling.divisors.items()]
     shards = lay_out_files(file_stem(snapshot, target), fields, entries, target.split_tensors, target.split_bytes)
-    unreadable = "the front matter of README.md cannot be read, so licence, languages and tags are left out"
-    notes = tokenizer.notes + ((unreadable,) if read_card(snapshot.folder) is None else ())
+    notes = tokenizer.notes + unsaid + unpooled
     return Layout(shards=shards, notes=notes + too_large(shards, target.split_bytes), made=made)
 
 
@@ -125,6 +122,8 @@ def write(
     Raises SourceError when the model's small files are no longer those that were planned.
     """
     known = know(snapshot, architecture, target)
+    assert architecture is not None  # know() has refused it
+    known = replace(known, hyper=filled(known.hyper, known.family, architecture, snapshot))
     layout = lay_out(snapshot, known, target, plan.tensors, weighing_of(target))
     check_planned(plan, layout, snapshot.repo)
     write_files(layout, plan.tensors, parts, folder)

@@ -17,7 +17,6 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-HALF_MAX = 65504.0
 EIGHT = 8  # columns of a code that names points
 INDEX_BITS = 11  # of each point's index in such a code
 SIGNS_AT = 2 * INDEX_BITS  # where the eight signs begin
@@ -25,7 +24,7 @@ SIGNS_AT = 2 * INDEX_BITS  # where the eight signs begin
 
 @dataclass(frozen=True, kw_only=True)
 class Ladder:
-    """Which values the scales (or offsets) of a frame may have: unit_OG times a rung; without rungs, any float16.
+    """Which values the scales (or offsets) of a frame may have: unit_OG times a rung; without rungs, any of dtype.
 
     unit_OG f32, one for each group_size columns, a multiple of the frame's; rungs rise.
     """
@@ -33,11 +32,13 @@ class Ladder:
     unit_OG: Tensor
     group_size: int
     rungs: tuple[float, ...] = ()
+    dtype: torch.dtype = torch.float16
 
     def nearest(self, wanted_OG: Tensor, step: int = 0) -> Tensor:
         """The allowed values nearest to wanted_OG [O, G], or with rungs those `step` further up."""
         if not self.rungs:
-            return wanted_OG.clamp(-HALF_MAX, HALF_MAX).half().float()
+            limits = torch.finfo(self.dtype)
+            return wanted_OG.clamp(limits.min, limits.max).to(self.dtype).float()
         rungs = torch.tensor(self.rungs)
         return self.unit_OG * rungs[(self.position(wanted_OG) + step).clamp(0, len(rungs) - 1)]
 
@@ -79,7 +80,7 @@ class Frame:
     @property
     def kind(self) -> tuple[object, ...]:
         """Equal for frames whose rows can be solved as one matrix."""
-        return self.group_size, self.low, self.high, self.table
+        return self.group_size, self.low, self.high, self.table, self.scales and self.scales.dtype
 
     @property
     def together(self) -> int:

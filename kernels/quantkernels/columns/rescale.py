@@ -17,7 +17,7 @@ from torch import Tensor
 from quantkernels.columns.frame import AnyFrame, Frame, Ladder, PointFrame
 from quantkernels.columns.reference import WORTH
 
-SPAN = 256  # columns whose slopes are kept up to date at a time
+SPAN = 256  # columns, or a group where that is wider, whose slopes are kept up to date at a time
 LEAST = 1e-12  # of the larger curvature: a determinant below this leaves one of the two undetermined
 
 
@@ -34,8 +34,9 @@ def rescale(weight: Tensor, hessian: Tensor, frame: AnyFrame, codes: Tensor) -> 
     steps_OI, off_OI = frame.steps(codes), frame.decode(codes) - weight
     scale_OG = frame.scale_OG[:, ::every].clone()
     offset_OG = frame.offset_OG[:, ::every].clone() if isinstance(frame, Frame) else torch.zeros_like(scale_OG)
-    for first in range(0, weight.shape[1], SPAN):
-        inside = slice(first, min(first + SPAN, weight.shape[1]))
+    span = each * max(1, SPAN // each)
+    for first in range(0, weight.shape[1], span):
+        inside = slice(first, min(first + span, weight.shape[1]))
         hessian_SS = hessian[inside, inside]
         slope_OS = off_OI @ hessian[:, inside]
         for at in range(0, inside.stop - first, each):
@@ -106,5 +107,5 @@ def _best(
 
 
 def _around(ladder: Ladder) -> tuple[int, ...]:
-    """Which rungs beside the nearest are tried; float16 is fine enough for the nearest alone."""
+    """Which rungs beside the nearest are tried; floats are fine enough for the nearest alone."""
     return (0, -1, 1) if ladder.rungs else (0,)
