@@ -27,6 +27,7 @@ from jobs.task import Task
 
 OBJECT_STORE_BYTES = 100_000_000  # outcomes are a few hundred bytes
 RETRIES = 3
+STARTS = 3
 PREFIX = "hubmill-ray-"
 
 
@@ -39,20 +40,11 @@ class RayExecutor:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         self._folder = ""
-        settings: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
         if address is None:
-            settings |= {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False}
             self._folder = _own_folder()
-            settings |= {"object_store_memory": OBJECT_STORE_BYTES, "_temp_dir": self._folder, "_memory": memory_bytes}
-            address = "local"
-        try:
-            ray.init(address=address, runtime_env={"env_vars": _worker_environment()}, **settings)
-        except (ConnectionError, RuntimeError) as error:
-            raise UnsupportedError(
-                f"Ray at {address}",
-                f"no cluster answers: {error}",
-                "Start one with `ray start --head`, or leave out --address",
-            ) from error
+            _start_here(self._folder, cpus, memory_bytes, gpus)
+        else:
+            _connect(address)
         self._remote = ray.remote(run)
         self._running: dict[Any, Task] = {}
         self._nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -116,6 +108,45 @@ class RayExecutor:
         ray.shutdown()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _start_here(folder: str, cpus: int, memory_bytes: int, gpus: int) -> None:
+    """Start Ray on this machine. It gives a node 30 seconds, which a busy one may miss, so it gets three of them."""
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                num_gpus=gpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=folder,
+                _memory=memory_bytes,
+                **_settings(),
+            )
+            return
+        except Exception as error:  # Ray raises a plain Exception for a node that was too slow
+            ray.shutdown()
+            if not left or "timed out" not in str(error):
+                what = f"it did not start: {error}"
+                remedy = "Free processor time and memory, or use --executor inprocess, which needs no Ray"
+                raise UnsupportedError("Ray on this machine", what, remedy) from error
+
+
+def _connect(address: str) -> None:
+    try:
+        ray.init(address=address, **_settings())
+    except (ConnectionError, RuntimeError) as error:
+        what, remedy = f"no cluster answers: {error}", "Start one with `ray start --head`, or leave out --address"
+        raise UnsupportedError(f"Ray at {address}", what, remedy) from error
+
+
+def _settings() -> dict[str, Any]:
+    return {
+        "runtime_env": {"env_vars": _worker_environment()},
+        "logging_level": "ERROR",
+        "log_to_driver": False,
+    }
 
 
 def _own_folder() -> str:

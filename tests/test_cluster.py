@@ -22,6 +22,7 @@ from jobs.store import file_sha256
 from patience import PATIENCE_SECONDS
 from small_run import ROOT, TARGETS, write_manifest, write_model
 
+pytestmark = pytest.mark.ray
 RAY = Path(sys.executable).parent / "ray"
 ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 NODE = [

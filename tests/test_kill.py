@@ -16,7 +16,7 @@ import pytest
 from patience import PATIENCE_SECONDS
 from small_run import ROOT, TARGETS, write_manifest, write_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 KILLS = 15
 GONE = 30.0  # seconds that the workers of a killed driver may take to notice
 # Ray's own agents, which do no work, first try for a minute to tell a dead cluster that it is dead (ray 2.60).

@@ -22,6 +22,7 @@ from llama_peer import Llama
 from patience import PATIENCE_SECONDS
 from small_run import ROOT
 
+pytestmark = pytest.mark.ray
 MODEL = ROOT / "manifests" / "quickstart" / "model"
 TEXT = "def read(path: str) -> bytes:\n    with open(path, 'rb') as file:\n        return"
 

@@ -162,6 +162,7 @@ def test_work_may_be_deleted_at_any_time(place: Path, finished: Path) -> None:
     assert sums(finished) == before
 
 
+@pytest.mark.ray
 def test_embedded_ray_writes_the_same_bytes(place: Path, finished: Path) -> None:
     done = hubmill("convert", place / "small.yaml", "--out", place / "ray", "--json")
     assert done.returncode == 0, done.stderr + done.stdout
@@ -186,6 +187,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(place: Path, finished: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_an_interrupt_exits_130_and_says_how_to_go_on(place: Path) -> None:
     command = [sys.executable, "-m", "converter.cli", "convert", str(place / "small.yaml"), "--out", str(place / "int")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

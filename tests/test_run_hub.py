@@ -62,7 +62,7 @@ def manifest(hub_server: HubServer, tmp_path: Path) -> Path:
 def test_a_model_goes_from_hub_to_hub_once_and_follows_new_commits(
     hub_server: HubServer, manifest: Path, tmp_path: Path
 ) -> None:
-    arguments = ("convert", manifest, "--out", tmp_path / "out", "--json")
+    arguments = ("convert", manifest, "--out", tmp_path / "out", "--executor", "inprocess", "--json")
     first = hubmill(hub_server, *arguments)
     assert first.returncode == 0, first.stdout + first.stderr
     run = tmp_path / "out" / "hubs"
@@ -87,6 +87,7 @@ def test_a_model_goes_from_hub_to_hub_once_and_follows_new_commits(
     assert len(hub_server.requests("POST", "/commit/")) == commits + 2
 
 
+@pytest.mark.ray
 def test_the_token_is_in_no_file_and_no_output(hub_server: HubServer, manifest: Path, tmp_path: Path) -> None:
     done = hubmill(hub_server, "convert", manifest, "--out", tmp_path / "out", "--json")
     assert WRITER not in done.stdout + done.stderr
