@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantkernels.columns import cpu, cpu_points, points, reference, reference_points
+from quantkernels.columns import points, reference, reference_points
 from quantkernels.columns.frame import AnyFrame, Frame, Ladder, PointFrame, join_code, split, split_code, stack
 from quantkernels.columns.rescale import rescale
 
@@ -65,10 +65,14 @@ def solve(
     upper = _floats(factor)
     match frame, backend:
         case Frame(), "cpu":
+            from quantkernels.columns import cpu  # here: numba is half a second and 110 MB, and plans do without
+
             cpu.solve(left, upper, _grid(frame, order_I), ordered, error, block=BLOCK, threads=threads)
         case Frame(), _:
             reference.solve(left, upper, _grid(frame, order_I), ordered, error)
         case PointFrame(), "cpu":
+            from quantkernels.columns import cpu_points
+
             grid = _point_grid(frame, order_I)
             cpu_points.solve(left, upper, grid, ordered, error, block=BLOCK, threads=threads)
         case PointFrame(), _:
@@ -104,10 +108,14 @@ def refine(
     for _ in range(sweeps):
         match frame, backend:
             case Frame(), "cpu":
+                from quantkernels.columns import cpu
+
                 cpu.refine(*arrays, _grid(frame, order_I), moved, block=BLOCK, threads=threads)
             case Frame(), _:
                 reference.refine(*arrays, (off @ hessian).numpy(), _grid(frame, order_I), moved)
             case PointFrame(), "cpu":
+                from quantkernels.columns import cpu_points
+
                 cpu_points.refine(*arrays, _point_grid(frame, order_I), moved, block=BLOCK, threads=threads)
             case PointFrame(), _:
                 reference_points.refine(*arrays, (off @ hessian).numpy(), _point_grid(frame, order_I), moved)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quantkernels.ggml import cpu, packing, reference, thorough
+from quantkernels.ggml import packing, reference
 from quantkernels.ggml.checks import check_scales, check_values, magnitude_limit
 from quantkernels.ggml.layout import TYPES, BlockType
 from quantkernels.rows import over_rows
@@ -81,6 +81,8 @@ def quantize(
             raise ValueError(f"no GPU kernel makes {known.name} with the search {search!r}; move the rows to the CPU")
         made: torch.Tensor = _gpu().quantize(rows, known, None if weights is None else torch.from_numpy(weights))
         return made
+    from quantkernels.ggml import cpu, thorough  # here: numba is half a second and 110 MB, and plans do without
+
     out = np.empty((count, width), np.uint8)
     height = max(1, _SLAB_WEIGHTS // columns)
 
@@ -191,4 +193,6 @@ def _quantize_slab(
     elif backend == "reference":
         out[:] = reference.quantize_blocks(rows, known.name, importance)
     else:
+        from quantkernels.ggml import cpu
+
         cpu.quantize_blocks(rows, known, importance, out)

@@ -22,7 +22,6 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -128,6 +127,8 @@ def _levels(name: str) -> tuple[NDArray[np.int64], tuple[int, ...]]:
 
 def _cache_path(name: str) -> str:
     """Where the arrays are kept: a name that changes with this file."""
+    import numba  # where kernels are kept, too; half a second that a plan does without
+
     digest = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()[:16]
     folder = numba.config.CACHE_DIR or os.path.join(os.path.expanduser("~"), ".cache", "quantkernels")
     return os.path.join(folder, f"lattice-{name}-{digest}.npz")

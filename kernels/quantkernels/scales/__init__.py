@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantkernels.rows import over_rows
-from quantkernels.scales import cpu, reference
+from quantkernels.scales import reference
 
 Backend = Literal["cpu", "reference"]
 
@@ -50,6 +50,8 @@ def search(
     if backend == "reference":
         reference.search(rows, share_I, group_size, plan, scale_OG, zero_OG)
     else:
+        from quantkernels.scales import cpu  # here: numba is half a second and 110 MB, and plans do without
+
         over_rows(
             rows.shape[0],
             threads,
@@ -83,6 +85,8 @@ def errors(
     if backend == "reference":
         reference.errors(rows, importance_I, scales, zeros, group_size, low, high, error_OG)
     else:
+        from quantkernels.scales import cpu
+
         bounds = (np.float32(low), np.float32(high))
         over_rows(
             rows.shape[0],
