@@ -35,7 +35,7 @@ RECIPES: dict[Kind, int] = {
     "quantize": 1,
     "assemble": 1,
     "reference": 1,
-    "evaluate": 1,
+    "evaluate": 2,
     "finish": 1,
     "publish": 1,
 }

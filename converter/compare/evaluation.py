@@ -27,6 +27,7 @@ from converter.compare.metrics import (
     TokenFigures,
     difference,
     embedding_figures,
+    outliers,
     summary,
     token_figures,
 )
@@ -146,6 +147,11 @@ def _measure_block(
     first = block_tensors(original, block)
     copy = {name: opened.read(prefix + name) for name in first}
     inputs = _tap_inputs(original, decoder, block, first)
+    found = {tap: outliers(x_NI) for tap, x_NI in inputs.items()}
+    standing_out = {
+        tap: {"outlier_ratio": one.ratio if math.isfinite(one.ratio) else None, "outlier_channels": list(one.channels)}
+        for tap, one in found.items()
+    }
     undone = unfold(architecture.taps, original.foldings, first, copy)
     rows = []
     for name, weight in first.items():
@@ -155,12 +161,15 @@ def _measure_block(
         if row and tap and tap.name in inputs:
             x_NI = inputs[tap.name]
             row["output_relative_mse"] = difference(x_NI @ weight.T, x_NI @ unfolded.T).relative_mse
+            row |= standing_out[tap.name]
         rows.append(row)
     said = {name.removesuffix(".weight"): opened.activations(prefix + name) for name in first}
     activations = {module: how for module, how in said.items() if how}
     hidden = decoder.run_block(block, copy, hidden, activations=activations)
     expected = tensor_file.load(hidden_file(original.hidden_folder, block + 1))["hidden"]
-    return hidden, [row for row in rows if row], difference(expected, hidden)
+    deviation = difference(expected, hidden)
+    kept = [row | {"block_relative_mse": deviation.relative_mse} for row in rows if row]
+    return hidden, kept, deviation
 
 
 def _tap_inputs(original: Original, decoder: Decoder, block: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -196,6 +205,9 @@ def _tensor_row(
         "cosine": sums.cosine,
         "relative_mse": sums.relative_mse,
         "output_relative_mse": None,
+        "block_relative_mse": None,
+        "outlier_ratio": None,
+        "outlier_channels": [],
         "sums": sums,
     }
 

@@ -14,6 +14,8 @@ from torch import Tensor
 WINDOW = 128  # positions whose logits are held at once: four times V numbers each
 RUN = 4096  # elements whose products are summed in f32
 SAFE = 1e-15  # squares of values between this and its inverse, 4096 of them summed, are f32's own
+OUTLYING = 6.0
+MOST_CHANNELS = 8
 SLICE = RUN << 10  # elements taken at once, so that the copies stay small beside the tensors
 
 
@@ -76,6 +78,30 @@ def difference(original: Tensor, copy: Tensor) -> Difference:
 
 def _dot(a: Tensor, b: Tensor) -> float:
     return float(torch.linalg.vecdot(a, b).double().sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outliers:
+    """How far single input columns stand out: the largest over the median column, and the columns that do, by size."""
+
+    ratio: float
+    channels: tuple[int, ...]
+
+
+def outliers(inputs_NI: Tensor) -> Outliers:
+    """The columns of a linear's inputs [N, I] whose largest magnitude is OUTLYING times the median column's, or more.
+
+    At most MOST_CHANNELS of them, the largest first; ratio is 1 where nothing was read. A scale that all columns share
+    is as coarse as the largest needs, so the others are left with 1 / ratio of its codes.
+    Source: Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, for what an outlier does; the threshold is its 6.
+    """
+    largest_I = inputs_NI.abs().amax(0)
+    middle, top = float(largest_I.median()), float(largest_I.max())
+    if not top:
+        return Outliers(ratio=1.0, channels=())
+    found = largest_I.argsort(descending=True, stable=True)[:MOST_CHANNELS]
+    channels = tuple(int(column) for column in found if float(largest_I[column]) >= max(OUTLYING * middle, middle))
+    return Outliers(ratio=top / middle if middle else math.inf, channels=channels)
 
 
 @dataclass(frozen=True, kw_only=True)

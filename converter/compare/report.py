@@ -16,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from converter.compare import charts, choice, wording
+from converter.compare import charts, choice, heat, wording
 from converter.compare.charts import Point, Series
 
 Blocks = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
@@ -244,6 +244,8 @@ def _model(
             place for place, column in enumerate(COLUMNS) if any(column.value(row) is not None for row in done)
         ],
         "rows": [_row(place, row, f"{anchor}-t{place}", best) for place, row in enumerate(rows)],
+        "layers": _layer_maps(shown, [row["target"] for row in done], own_tensors),
+        "outliers": _outlier_map(shown, own_tensors),
         "fragile": _fragile_table([row["target"] for row in done], own_tensors),
         "notes": [
             (row["target"], text, names)
@@ -300,6 +302,39 @@ def _row(place: int, row: Mapping[str, Any], anchor: str, best: frozenset[str]) 
         "error": row.get("error", ""),
         "best": row["target"] in best,
         "cells": cells,
+    }
+
+
+def _layer_maps(model: str, targets: Sequence[str], tensors: Sequence[Mapping[str, Any]]) -> Sequence[tuple[str, str]]:
+    """Per target a map of the errors of its linears by block, (target, SVG), all in the same colours."""
+    key = choice.error_key(tensors)
+    grids = {target: heat.grid_of([one for one in tensors if one["target"] == target], key) for target in targets}
+    values = [value for grid in grids.values() for value in grid.cells.values()]
+    ends = charts.decades(values)
+    maps = [
+        (target, heat.heat_map(grid, f"{model} as {target}: error of every linear by block", ends=ends))
+        for target, grid in grids.items()
+    ]
+    return [(target, picture) for target, picture in maps if picture]
+
+
+def _outlier_map(model: str, tensors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How far single channels of the original stand out, by block, as a picture, and the worst of them in words."""
+    first = next((one["target"] for one in tensors if one.get("outlier_ratio") is not None), None)
+    own = [one for one in tensors if one["target"] == first and one.get("outlier_ratio") is not None]
+    grid = heat.merged(heat.grid_of(own, "outlier_ratio"))
+    worst: dict[tuple[int, tuple[int, ...]], dict[str, Any]] = {}
+    for one in sorted(own, key=lambda one: -one["outlier_ratio"]):
+        channels = tuple(one["outlier_channels"])
+        if channels and (one["block"], channels) not in worst and len(worst) < 5:
+            worst[one["block"], channels] = {
+                "name": one["name"],
+                "ratio": wording.figure(one["outlier_ratio"]),
+                "channels": ", ".join(map(str, channels)),
+            }
+    return {
+        "picture": heat.heat_map(grid, f"{model}: largest channel over the median channel, by block"),
+        "worst": list(worst.values()),
     }
 
 

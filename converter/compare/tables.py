@@ -63,6 +63,9 @@ TENSOR_SCHEMA = pa.schema(
         ("cosine", pa.float64()),
         ("relative_mse", pa.float64()),
         ("output_relative_mse", pa.float64()),
+        ("block_relative_mse", pa.float64()),
+        ("outlier_ratio", pa.float64()),
+        ("outlier_channels", pa.list_(pa.int32())),
         ("note", pa.string()),
     ]
 )
