@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantkernels.columns import points, reference, reference_points
-from quantkernels.columns.frame import AnyFrame, Frame, Ladder, PointFrame, join_code, split, split_code, stack
+from quantkernels.columns.frame import AnyFrame, Frame, Ladder, PointFrame, join_code, on, split, split_code, stack
 from quantkernels.columns.rescale import rescale
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Ladder",
     "PointFrame",
     "join_code",
+    "on",
     "refine",
     "rescale",
     "solve",
@@ -35,7 +36,7 @@ __all__ = [
     "stack",
 ]
 
-Backend = Literal["cpu", "reference"]
+Backend = Literal["cpu", "reference", "triton"]
 BLOCK = 128  # columns per kernel call: a tile of 128 x 32 weights stays in the first-level cache
 
 
@@ -46,7 +47,7 @@ def solve(
     order_I: Tensor,
     *,
     threads: int = 1,
-    backend: Backend = "cpu",
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The codes of the frame, i8 [O, I] or i32 [O, I / 8], and each row's error [O] f64.
 
@@ -54,16 +55,20 @@ def solve(
     factor [I, I] f32 is upper triangular with factor^T factor = the inverse of the Hessian in that order. Where a scale
     is 0 the code means the offset. A row's error is (w - w') H (w - w')^T, with w' what its codes mean.
     Rows do not depend on each other, so results do not depend on `threads`; the product behind a block runs on torch's
-    own threads.
+    own threads. A weight on a GPU is solved there, and so are its results; points of lattices on the CPU all the same.
     Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1; for several columns as one Tseng et al. 2024, QuIP#,
     arXiv:2402.04396.
     """
-    left = weight.detach().float()[:, order_I].contiguous().numpy()  # a copy: it is corrected in place
+    chosen = _chosen(weight, frame, backend)
+    if chosen == "triton":
+        return _solve_on_gpu(weight, factor, frame, order_I)
+    home = weight.device
+    left = weight.detach().float().cpu()[:, order_I].contiguous().numpy()  # a copy: it is corrected in place
     error = np.zeros(len(left), np.float64)
     codes_order = order_I[:: frame.together] // frame.together
     ordered = np.zeros((len(left), len(codes_order)), np.int8 if frame.together == 1 else np.int32)
     upper = _floats(factor)
-    match frame, backend:
+    match frame, chosen:
         case Frame(), "cpu":
             from quantkernels.columns import cpu  # here: numba is half a second and 110 MB, and plans do without
 
@@ -79,7 +84,7 @@ def solve(
             reference_points.solve(left, upper, _point_grid(frame, order_I), ordered, error)
     codes = torch.from_numpy(np.empty_like(ordered))
     codes[:, codes_order] = torch.from_numpy(ordered)
-    return codes, torch.from_numpy(error)
+    return codes.to(home), torch.from_numpy(error).to(home)
 
 
 def refine(
@@ -90,23 +95,28 @@ def refine(
     *,
     sweeps: int,
     threads: int = 1,
-    backend: Backend = "cpu",
+    backend: Backend | None = None,
 ) -> Tensor:
     """Codes with no more error than `codes`: each in turn moves to where the error is least, `sweeps` times.
 
     weight [O, I] f32; hessian [I, I] f32, symmetric and positive definite; the error is that of `solve`. With
     P = (w' - w) H kept up to date, the best value of column j is w'_j - P_j / H_jj, and likewise for the columns that
     share a code; ties and a diagonal Hessian leave every code that was nearest as it was. Columns go in their own
-    order: descent forgets the order it began with.
+    order: descent forgets the order it began with. Where it runs is as for `solve`.
     Source: Behdin et al. 2023, QuantEase, arXiv:2309.01885.
     """
-    moved = codes.clone(memory_format=torch.contiguous_format).numpy()
-    value = frame.decode(codes).contiguous()
-    off = (value - weight).contiguous()  # laid out as weight is, otherwise
+    chosen = _chosen(weight, frame, backend)
+    if chosen == "triton":
+        return _refine_on_gpu(weight, hessian, frame, codes, sweeps)
+    home, frame = weight.device, on(frame, torch.device("cpu"))
+    moved = codes.cpu().clone(memory_format=torch.contiguous_format).numpy()
+    value = frame.decode(torch.from_numpy(moved)).contiguous()
+    off = (value - weight.cpu()).contiguous()  # laid out as weight is, otherwise
+    hessian = hessian.cpu()
     arrays = off.numpy(), value.numpy(), _floats(hessian)
     order_I = torch.arange(weight.shape[1])
     for _ in range(sweeps):
-        match frame, backend:
+        match frame, chosen:
             case Frame(), "cpu":
                 from quantkernels.columns import cpu
 
@@ -119,7 +129,40 @@ def refine(
                 cpu_points.refine(*arrays, _point_grid(frame, order_I), moved, block=BLOCK, threads=threads)
             case PointFrame(), _:
                 reference_points.refine(*arrays, (off @ hessian).numpy(), _point_grid(frame, order_I), moved)
-    return torch.from_numpy(moved)
+    return torch.from_numpy(moved).to(home)
+
+
+def _chosen(weight: Tensor, frame: AnyFrame, backend: Backend | None) -> Backend:
+    """The backend asked for, or that of the weight's device; lattices have none on a GPU."""
+    if backend is not None:
+        return backend
+    return "triton" if weight.is_cuda and isinstance(frame, Frame) else "cpu"
+
+
+def _solve_on_gpu(weight: Tensor, factor: Tensor, frame: AnyFrame, order_I: Tensor) -> tuple[Tensor, Tensor]:
+    from quantkernels.columns import gpu  # triton, which machines without a GPU can do without
+
+    assert isinstance(frame, Frame), "no GPU kernel solves lattices"
+    left_OI = weight.detach().float()[:, order_I].contiguous()
+    grid = gpu.grid_of(frame, order_I, weight.device)
+    ordered_OI, error_O = gpu.solve(left_OI, factor.to(weight.device), grid, block=BLOCK)
+    codes_OI = torch.empty_like(ordered_OI)
+    codes_OI[:, order_I] = ordered_OI
+    return codes_OI, error_O
+
+
+def _refine_on_gpu(weight: Tensor, hessian: Tensor, frame: AnyFrame, codes: Tensor, sweeps: int) -> Tensor:
+    from quantkernels.columns import gpu
+
+    assert isinstance(frame, Frame), "no GPU kernel solves lattices"
+    frame_here = on(frame, weight.device)
+    moved_OI = codes.to(weight.device).clone(memory_format=torch.contiguous_format)
+    value_OI = frame_here.decode(moved_OI).contiguous()
+    off_OI = (value_OI - weight).contiguous()
+    grid = gpu.grid_of(frame, torch.arange(weight.shape[1]), weight.device)
+    for _ in range(sweeps):
+        gpu.refine(off_OI, value_OI, hessian.to(weight.device), grid, moved_OI, block=BLOCK)
+    return moved_OI
 
 
 def _grid(frame: Frame, order_I: Tensor) -> reference.Grid:
@@ -148,4 +191,4 @@ def _groups(order_I: Tensor, group_size: int) -> NDArray[np.int64]:
 
 
 def _floats(values: Tensor) -> NDArray[np.float32]:
-    return np.ascontiguousarray(values.detach().to(torch.float32).numpy())
+    return np.ascontiguousarray(values.detach().to("cpu", torch.float32).numpy())

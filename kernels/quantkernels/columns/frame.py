@@ -39,12 +39,12 @@ class Ladder:
         if not self.rungs:
             limits = torch.finfo(self.dtype)
             return wanted_OG.clamp(limits.min, limits.max).to(self.dtype).float()
-        rungs = torch.tensor(self.rungs)
+        rungs = torch.tensor(self.rungs, device=wanted_OG.device)
         return self.unit_OG * rungs[(self.position(wanted_OG) + step).clamp(0, len(rungs) - 1)]
 
     def position(self, wanted_OG: Tensor) -> Tensor:
         """Which rung is nearest to each of wanted_OG [O, G]; the last one below or at 0 where the unit is 0."""
-        rungs = torch.tensor(self.rungs)
+        rungs = torch.tensor(self.rungs, device=wanted_OG.device)
         middles = (rungs[1:] + rungs[:-1]) / 2
         return torch.bucketize(torch.where(self.unit_OG == 0, 0, wanted_OG / self.unit_OG), middles)
 
@@ -89,7 +89,7 @@ class Frame:
 
     def steps(self, codes_OI: Tensor) -> Tensor:
         """What codes [O, I] i8 mean in units of the scale, f32, without the offset."""
-        steps_OI = torch.tensor(self.table)[codes_OI.long()] if self.table else codes_OI.float()
+        steps_OI = torch.tensor(self.table, device=codes_OI.device)[codes_OI.long()] if self.table else codes_OI.float()
         return steps_OI - self.zero_OG[:, torch.arange(codes_OI.shape[1]) // self.group_size]
 
     def decode(self, codes_OI: Tensor) -> Tensor:
@@ -162,6 +162,12 @@ def stack(frames: Sequence[AnyFrame]) -> AnyFrame:
     """The rows of all `frames`, which are of one kind, as one frame."""
     assert len({frame.kind for frame in frames}) == 1
     return _with_rows(frames, torch.cat)
+
+
+def on(frame: AnyFrame, device: torch.device) -> AnyFrame:
+    """The frame with the tensors of its rows on `device`."""
+    moved = _with_rows([frame], lambda values: values[0].to(device))
+    return replace(moved, points_PD=moved.points_PD.to(device)) if isinstance(moved, PointFrame) else moved
 
 
 def split(frame: AnyFrame, rows: Sequence[int]) -> list[AnyFrame]:
