@@ -315,6 +315,11 @@ def _print_plan(plan: dict[str, Any]) -> None:
         types = ", ".join(f"{count} x {type}" for type, count in job["types"].items())
         rows.append([job["job"], job["state"], types, size, "; ".join(job["notes"])])
     print_table(f"{len(rows)} jobs", ("job", "state", "tensors", "weight files", "notes"), rows)
+    models = [
+        [model["model"], model["commit"][:12], model["licence"] or "none stated", ". ".join(model["notes"])]
+        for model in plan["models"]
+    ]
+    print_table("models", ("model", "commit", "licence", "notes"), models)
     needs, has = plan["needs"], plan["machine"]
     print_line(
         f"{plan['tasks_needed']} of {plan['tasks']} tasks to run; disk up to {bytes_text(needs['disk_bytes'])} of "

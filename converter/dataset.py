@@ -19,7 +19,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from converter import hub
+from converter import hub, hub_calls
 from converter.calibration import Chat, conversation
 from converter.errors import SourceError
 from converter.folder import check_path
@@ -100,7 +100,7 @@ def documents(
     tokens = 0
     for name in choose(remote.sizes, split, column, where):
         check_path(name, where)
-        with hub.explained(where, _page(column), endpoint):
+        with hub_calls.explained(where, _page(column), endpoint):
             hub.bring(remote, [name], remote.folder(cache), where, None)
         for document in read_column(remote.folder(cache) / name, column.name, chat, f"{where}: {name}"):
             found.append(document)
@@ -152,7 +152,7 @@ def read_column(path: Path, column: str, chat: Chat, where: str) -> Iterator[str
 
 
 def _look(column: Column, cache: Path, where: str, endpoint: str | None, token: str | None) -> hub.Remote:
-    with hub.explained(where, _page(column), endpoint):
+    with hub_calls.explained(where, _page(column), endpoint):
         return hub.look_once(column.repo, "dataset", column.revision, cache, endpoint, token)
 
 

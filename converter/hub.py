@@ -1,11 +1,9 @@
-"""Models from a Hugging Face hub, over HTTP; with hub_publish.py the door of huggingface_hub.
+"""Models from a Hugging Face hub, over HTTP; a door of huggingface_hub.
 
 Planning must not download weights, so `resolve` pins a revision to a commit, takes the small files, and reads only the
 headers of the weights by HTTP range. `fetch` streams the weights with a ranged resume of its own: huggingface_hub 2
 resumes a cut connection inside one process, but a killed process starts its file again, which for a 40 GB shard is an
 hour. The price is plain HTTP, without the chunk cache of xet. Every file is checked against the hub's own checksum.
-
-Messages never hold the text of a client's error: it may quote a signed URL or a header with the token.
 """
 
 from __future__ import annotations
@@ -15,63 +13,31 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
-from typing import TypeVar
 
 import huggingface_hub.constants
-from huggingface_hub import HfApi, hf_hub_url
-from huggingface_hub.errors import (
-    DisabledRepoError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import (
-    WeakFileLock,
-    build_hf_headers,
-    get_session,
-    hf_raise_for_status,
-    httpx,
-)
+from huggingface_hub import hf_hub_url
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, httpx
 
 from converter.containers.gguf import source as gguf_source
 from converter.containers.gguf.header import Head, HeadIncompleteError
-from converter.errors import PublishError, SourceError
+from converter.errors import SourceError
 from converter.folder import check_path, matches
+from converter.hub_calls import TIMEOUT, Patience, Tell, api, explained, hush, patiently, session, together
 from converter.packed import Packed
 from converter.publish import Kind
 from converter.source import Header, Snapshot, header_length, is_gguf, open_folder, parse_header, survey, travels
 
 FIRST_READ_BYTES = 100_000  # holds the whole header of nearly every shard, which saves a second request
 GGUF_FIRST_READ_BYTES = 1 << 20  # a vocabulary of 128k tokens with its merges takes about 6 MB
+GGUF_HEAD_LIMIT_BYTES = 256 << 20  # more is no head, and would be read into memory until the file ends
 CHUNK_BYTES = 1 << 20
-WAITS = (1.0, 2.0, 4.0)  # seconds before each further try, unless the hub names its own
-LONGEST_WAIT = 300.0  # the window of the public hub's rate limits
-TIMEOUT = 30.0
-TOGETHER = 4  # files in flight
 LISTING = ".listing.json"  # beside the files of a commit
 COMMIT = re.compile("[0-9a-f]{40}")
 HIDDEN = re.compile(r"(^|/)\.(?!\.?(/|$))")  # .gitattributes, but not "..", which is refused and not left out
-PASSING = frozenset({408, 429, 500, 502, 503, 504})
-FAULTS = (
-    HfHubHTTPError,
-    httpx.HTTPError,
-    OfflineModeIsEnabled,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    UnicodeDecodeError,  # what the client makes of a proxy's error page in Latin-1 (huggingface_hub 2)
-)
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 Report = Callable[[int], None]  # told the number of bytes that just arrived
 
 
@@ -86,6 +52,7 @@ class Remote:
     checksums: Mapping[str, str]
     endpoint: str
     token: str | None = field(default=None, repr=False)
+    gated: bool = False
 
     def folder(self, cache: Path) -> Path:
         """Where this commit lies in a cache."""
@@ -99,7 +66,7 @@ class Remote:
         headers["Accept-Encoding"] = "identity"  # lengths and ranges count bytes of the file
         if start or end is not None:
             headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
-        with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
+        with session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
             hf_raise_for_status(response)
             yield (start if response.status_code == 206 else 0), response.iter_bytes(CHUNK_BYTES)
 
@@ -150,6 +117,7 @@ def resolve(source: str, cache: Path, where: str, *, endpoint: str | None = None
         checksums=remote.checksums,
         folder=folder,
         gguf=gguf,
+        gated=remote.gated,
     )
 
 
@@ -161,12 +129,13 @@ def fetch(
     endpoint: str | None = None,
     token: str | None = None,
     report: Report | None = None,
+    tell: Tell = hush,
 ) -> Snapshot:
     """Bring the weights of a snapshot into `cache` and return the snapshot that lies there.
 
     Files that are there are not asked for again, a file that was cut goes on where it stopped, and each is checked
-    against the hub's checksum before it gets its name. `report` is called from several threads. A snapshot of a folder
-    is returned as it is. Raises SourceError.
+    against the hub's checksum before it gets its name. `report` and `tell` are called from several threads. A snapshot
+    of a folder is returned as it is. Raises SourceError.
     """
     if not snapshot.source.startswith("hub:"):
         return snapshot
@@ -183,15 +152,23 @@ def fetch(
     small = {path for path, size in snapshot.files.items() if travels(path, size)}
     where = f"{where}: {snapshot.repo}"
     with explained(where, snapshot.repo, endpoint):
-        bring(remote, sorted(snapshot.weight_files | small), folder, where, report)
+        bring(remote, sorted(snapshot.weight_files | small), folder, where, report, tell)
     return replace(snapshot, folder=folder)
 
 
-def look(repo: str, kind: Kind, revision: str | None, endpoint: str | None, token: str | None) -> Remote:
+def look(
+    repo: str,
+    kind: Kind,
+    revision: str | None,
+    endpoint: str | None,
+    token: str | None,
+    patience: Patience | None = None,
+) -> Remote:
     """List a repo at a revision (None: its main branch), hidden files left out."""
-    api = HfApi(endpoint=endpoint, token=token)
+    client = api(endpoint, token)
     info = patiently(
-        lambda: api.repo_info(repo, revision=revision, repo_type=kind, files_metadata=True, timeout=TIMEOUT)
+        lambda: client.repo_info(repo, revision=revision, repo_type=kind, files_metadata=True, timeout=TIMEOUT),
+        patience,
     )
     files = [file for file in info.siblings or [] if not HIDDEN.search(file.rfilename)]
     return Remote(
@@ -204,17 +181,18 @@ def look(repo: str, kind: Kind, revision: str | None, endpoint: str | None, toke
             for file in files
             if file.lfs or file.blob_id
         },
-        endpoint=api.endpoint,
+        endpoint=client.endpoint,
         token=token,
+        gated=bool(info.gated),
     )
 
 
 def look_once(repo: str, kind: Kind, revision: str, cache: Path, endpoint: str | None, token: str | None) -> Remote:
     """List a repo as `look` does, but a commit only once: what it holds never changes, so the listing is kept."""
-    api = HfApi(endpoint=endpoint, token=token)
+    client = api(endpoint, token)
     if COMMIT.fullmatch(revision):
         known = Remote(
-            repo=repo, kind=kind, commit=revision, sizes={}, checksums={}, endpoint=api.endpoint, token=token
+            repo=repo, kind=kind, commit=revision, sizes={}, checksums={}, endpoint=client.endpoint, token=token
         )
         with suppress(OSError, ValueError, KeyError, TypeError):
             listing = json.loads((known.folder(cache) / LISTING).read_text("utf-8"))
@@ -246,6 +224,9 @@ def bring_head(remote: Remote, name: str, folder: Path) -> Head:
         try:
             head = gguf_source.parse_head(data, size, name)
         except HeadIncompleteError:
+            if len(data) >= GGUF_HEAD_LIMIT_BYTES:
+                what = f"the head of {name} does not end within {GGUF_HEAD_LIMIT_BYTES >> 20} MiB"
+                raise SourceError(remote.repo, what, "Choose another file: this one holds no model") from None
             data += read_part(remote, name, len(data), min(size, 2 * len(data)))
         else:
             break
@@ -272,9 +253,11 @@ def read_part(remote: Remote, name: str, start: int, end: int) -> bytes:
     return patiently(read)
 
 
-def bring(remote: Remote, names: Iterable[str], folder: Path, where: str, report: Report | None) -> None:
+def bring(
+    remote: Remote, names: Iterable[str], folder: Path, where: str, report: Report | None, tell: Tell = hush
+) -> None:
     """Download files into a folder, several at a time; those that are there with the right size are skipped."""
-    stop = Event()
+    patience = Patience(tell=tell)
 
     def download(name: str) -> None:
         path, part = folder / name, folder / ".parts" / f"{name}.part"
@@ -286,20 +269,21 @@ def bring(remote: Remote, names: Iterable[str], folder: Path, where: str, report
             if path.is_file() and path.stat().st_size == remote.sizes[name]:
                 return
             checksum = remote.checksums.get(name)
-            for resumed in [True, False] if part.exists() else [False]:
-                receive(remote, name, part, stop, report)
+            for again in (True, False):  # what was damaged on the way, or an old part, is fetched anew, once
+                receive(remote, name, part, patience, report)
                 if checksum is None or matches(part, checksum):
                     part.replace(path)
                     return
                 part.unlink()
-                if not resumed:
-                    what = f"{name} arrived with another checksum than the hub states"
-                    raise SourceError(where, what, "Run it again; if it stays so, a proxy or the hub alters files")
+                if again:
+                    tell(f"{name} arrived with another checksum than the hub states: it is fetched anew")
+            what = f"{name} arrived with another checksum than the hub states, twice"
+            raise SourceError(where, what, "Run it again; if it stays so, a proxy or the hub alters files")
 
-    together(download, list(names), stop)
+    together(download, list(names), patience.stop)
 
 
-def receive(remote: Remote, name: str, part: Path, stop: Event, report: Report | None) -> None:
+def receive(remote: Remote, name: str, part: Path, patience: Patience, report: Report | None) -> None:
     """Append to a part until it is as long as the file; tries again while anything arrives."""
     size = remote.sizes[name]
     with part.open("ab") as file:
@@ -312,7 +296,7 @@ def receive(remote: Remote, name: str, part: Path, stop: Event, report: Report |
                 file.seek(begin)
                 file.truncate()
                 for chunk in chunks:
-                    if stop.is_set():
+                    if patience.stop.is_set():
                         raise InterruptedError(f"the download of {name} was stopped")
                     file.write(chunk[: size - file.tell()])
                     if report is not None:
@@ -322,7 +306,7 @@ def receive(remote: Remote, name: str, part: Path, stop: Event, report: Report |
 
         while (before := file.tell()) < size:
             try:
-                patiently(go_on, stop)
+                patiently(go_on, patience)
             except httpx.TransportError:
                 if file.tell() <= before:
                     raise
@@ -331,93 +315,3 @@ def receive(remote: Remote, name: str, part: Path, stop: Event, report: Report |
                     raise httpx.RemoteProtocolError("the file ends before its stated size")
         file.flush()
         os.fsync(file.fileno())
-
-
-def together(work: Callable[[Item], Result], items: Sequence[Item], stop: Event) -> list[Result]:
-    """The results of `work` for each item, several at a time; an error or Ctrl-C sets `stop` and begins nothing new."""
-    with ThreadPoolExecutor(TOGETHER) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                future.result()
-            return [future.result() for future in futures]
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def patiently(call: Callable[[], Result], stop: Event | None = None) -> Result:
-    """The result of a call that may be repeated; waits as long as the hub asks when it is busy or cuts the line."""
-    for seconds in WAITS:
-        try:
-            return call()
-        except (HfHubHTTPError, httpx.TransportError) as error:
-            asked = None
-            if isinstance(error, HfHubHTTPError):
-                if error.response.status_code not in PASSING:
-                    raise
-                headers = error.response.headers
-                asked = re.search(r"^(\d+)$", headers.get("Retry-After", "")) or re.search(
-                    r"\br=0\b.*\bt=(\d+)", headers.get("RateLimit", "")
-                )
-            pause(min(float(asked[1]), LONGEST_WAIT) if asked else seconds, stop or Event())
-    return call()
-
-
-def pause(seconds: float, stop: Event) -> None:
-    """Wait, but not when asked to stop; sleeping would hold up Ctrl-C for as long as a hub pleases."""
-    if stop.wait(seconds):
-        raise InterruptedError("stopped while waiting for a hub")
-
-
-@contextmanager
-def explained(
-    where: str, repo: str, endpoint: str | None, kind: type[SourceError] | type[PublishError] = SourceError
-) -> Iterator[None]:
-    """Turn what a client raises into an error of ours; the original goes, for its text may hold a secret."""
-    try:
-        yield
-    except FAULTS as error:
-        raise kind(where, *explain(error, repo, endpoint or huggingface_hub.constants.ENDPOINT)) from None
-    except OSError as error:
-        raise kind(
-            where, f"a file cannot be written: {error}", "Make room or mend the disk, then run it again"
-        ) from error
-
-
-def explain(error: Exception, repo: str, endpoint: str) -> tuple[str, str]:
-    """What went wrong with a request to a hub, and what to do."""
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-    sign_in = "set HF_TOKEN to a token with access to it"
-    if isinstance(error, HFValidationError):
-        return f"'{repo}' is no name of a repo", "Write owner/name"
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE forbids to ask {endpoint}", "Unset it, or use folder: or file: with a copy on this disk"
-    if isinstance(error, LocalTokenNotFoundError):
-        return "there is no token", "Set HF_TOKEN to a token with write access"
-    if isinstance(error, GatedRepoError):
-        return f"{repo} is gated ({status})", f"Accept its terms at {endpoint}/{repo}, and {sign_in}"
-    if isinstance(error, DisabledRepoError):
-        return f"{repo} was disabled by {endpoint}", "Choose another"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repo} has no such revision", f"Choose one of those at {endpoint}/{repo}"
-    if isinstance(error, RemoteEntryNotFoundError):
-        return f"a file of {repo} is gone ({status})", "Run it again: its repo was rewritten"
-    if isinstance(error, RepositoryNotFoundError) or status == 404:
-        return f"{endpoint} shows no {repo} ({status})", f"Check the name; if it is private, {sign_in}"
-    if status == 401:
-        return f"{endpoint} does not accept the token (401)", "Set HF_TOKEN to one that is valid"
-    if status == 403:
-        return f"the token may not do this with {repo} (403)", f"Ask the owner of {repo} for access, and {sign_in}"
-    if status == 429:
-        return f"{endpoint} asks to slow down (429)", "Run it again in five minutes; a token raises the limits"
-    if status:
-        return f"{endpoint} answers with an error ({status})", "Run it again later; what is done stays done"
-    if isinstance(error, UnicodeDecodeError):
-        return (
-            f"{endpoint} answers with an error page that is not UTF-8",
-            "Run it again later, or ask who runs the proxy",
-        )
-    what = f"the connection to {endpoint} failed or was cut ({type(error).__name__})"
-    return what, "Check the network and run it again; it goes on where it stopped"

@@ -30,7 +30,7 @@ from converter.manifest_fields import (
     read_part,
 )
 from converter.manifest_form import Form, plain
-from converter.manifest_rules import check_name, check_repo, check_target
+from converter.manifest_rules import check_name, check_publish, check_repo, check_target
 from converter.marks import (
     Entry,
     Fields,
@@ -351,8 +351,12 @@ class _Reader:
         entry = self.root.entries.get("publish")
         fields = self.form.fields(entry.value, "publish", "publish") if entry else None
         publish = self.form.part(Publish, fields, "publish", {}) if fields else None
-        kind, _, rest = publish.hub.partition(":") if publish else ("", "", "")
-        if publish is None or kind != "folder":
+        if fields is None or publish is None:
+            return None
+        for finding in check_publish(publish):
+            self.say(fields.locate(finding.at), "publish", finding.what, finding.remedy)
+        kind, _, rest = publish.hub.partition(":")
+        if kind != "folder":
             return publish
         return publish.model_copy(update={"hub": f"folder:{self.absolute(Path(rest))}"})
 
@@ -364,19 +368,29 @@ class _Reader:
             self.say(mark, "evaluation", what, "Name another text, column or revision")
 
     def check_repos(self, manifest: Manifest) -> None:
-        """Find repository names that are not allowed once filled in, or that two jobs would share."""
+        """Find repository names that are not allowed once filled in, that two jobs would share, or that are sources."""
         if manifest.publish is None:
             return
         mark = self.root.locate(("publish", "repo"))
-        going: dict[str, list[str]] = {}
+        sources = {
+            model.source.removeprefix("hub:").partition("@")[0].casefold(): model.source
+            for model in manifest.models
+            if model.folder is None and manifest.publish.hub == "hf"
+        }
+        going: dict[tuple[str, str], list[str]] = {}
         for job in manifest.jobs():
             repo = manifest.publish.repo_of(manifest.name, job)
+            branch = manifest.publish.branch_of(manifest.name, job)
             if problem := check_repo(repo):
                 self.say(mark, "publish", *problem)
-            going.setdefault(repo.casefold(), []).append(job.key)
-        for repo, keys in going.items():
+            if (source := sources.get(repo.casefold())) and not branch:
+                what = f"{job.key} would take the place of its source {quoted(source)}"
+                self.say(mark, "publish", what, "Put {target} into repo, or choose a branch")
+            going.setdefault((repo.casefold(), branch.casefold()), []).append(job.key)
+        for (repo, branch), keys in going.items():
             if len(keys) > 1:
-                what = f"{len(keys)} jobs would go to {quoted(repo)}: {', '.join(keys)}"
+                place = f"branch {quoted(branch)} of {quoted(repo)}" if branch else quoted(repo)
+                what = f"{len(keys)} jobs would go to {place}: {', '.join(keys)}"
                 self.say(mark, "publish", what, "Put both {model} and {target} into repo")
 
     def absolute(self, path: Path) -> Path:

@@ -123,10 +123,31 @@ class Publish(BaseModel, frozen=True, extra="forbid"):
         Field(description="Name of each repository, with {name}, {model} and {target} filled in."),
     ] = "{model}-{target}"
     private: Annotated[Switch, Field(description="Whether new repositories are private.")] = False
+    branch: Annotated[
+        String,
+        passes(manifest_rules.check_branch),
+        Field(description="Branch to commit to, made when it is not there; {name}, {model}, {target} are filled in."),
+    ] = ""
+    pull_request: Annotated[Switch, Field(description="Open a pull request in place of committing.")] = False
+    collection: Annotated[
+        String,
+        passes(manifest_rules.check_collection),
+        Field(description="Collection to put repositories into: its title, or the slug of one that is there."),
+    ] = ""
+    replace: Annotated[
+        Switch, Field(description="Replace what is in a repository even when it is not of the same source.")
+    ] = False
 
     def repo_of(self, manifest_name: str, job: Job) -> str:
         """Give the name of the repository that a job's artifact goes to."""
-        return self.repo.format(name=manifest_name, model=job.model.name, target=job.target.name)
+        return self._filled(self.repo, manifest_name, job)
+
+    def branch_of(self, manifest_name: str, job: Job) -> str:
+        """Give the branch that a job's artifact goes to, empty for the main one."""
+        return self._filled(self.branch, manifest_name, job)
+
+    def _filled(self, template: str, manifest_name: str, job: Job) -> str:
+        return template.format(name=manifest_name, model=job.model.name, target=job.target.name)
 
 
 class Exclude(BaseModel, frozen=True, extra="forbid"):

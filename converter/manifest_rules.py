@@ -17,7 +17,7 @@ from converter.marks import quoted, suggestion
 from converter.schemes import GGUF_TENSOR_TYPES, METHODS, ROUNDERS, SCHEMES, STORES, TRANSFORMS
 
 if TYPE_CHECKING:
-    from converter.manifest_fields import Target
+    from converter.manifest_fields import Publish, Target
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 MAX_NAME = 96
@@ -25,6 +25,9 @@ MAX_NAME = 96
 RESERVED = ("comparison.json", "comparison.parquet", "tensors.parquet", "report.html", "manifest.lock.yaml", ".work")
 REPO = re.compile(rf"{NAME.pattern}(/{NAME.pattern})?", re.ASCII)
 REPO_FIELDS = ("name", "model", "target")
+BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*", re.ASCII)
+MAX_TITLE = 120
+HUB_FIELDS = ("branch", "pull_request", "collection")  # of publish, that a folder knows nothing of
 KEEP = ("BF16", "F16", "F32")
 # Fields that only mean something beside a certain method.
 METHOD_OF_FIELD = {"smoothing_strength": "smoothquant", "damping": "gptq"}
@@ -223,7 +226,50 @@ def check_name(name: str) -> tuple[str, str] | None:
 
 
 def check_template(template: str) -> tuple[str, str] | None:
-    """Give (what, remedy) when `template` is not text with {name}, {model} and {target} in it."""
+    """Give (what, remedy) when `template` is not a repository name with {name}, {model} and {target} in it."""
+    if problem := _check_fields(template):
+        return problem
+    if not check_repo(template.format(name="n", model="m", target="t")):
+        return None
+    return (
+        f"{quoted(template)} is not a repository name",
+        "Write name or owner/name, with letters, digits and . _ -",
+    )
+
+
+def check_branch(template: str) -> tuple[str, str] | None:
+    """Give (what, remedy) when `template` is not a branch name with {name}, {model} and {target} in it."""
+    if problem := _check_fields(template):
+        return problem
+    filled = template.format(name="n", model="m", target="t")
+    if not BRANCH.fullmatch(filled) or ".." in filled or filled.endswith(".lock") or filled.startswith("refs/"):
+        return f"{quoted(template)} is not a branch", "Write letters, digits and . _ - /, as in quantized/{target}"
+    if filled == "main":
+        return "main is where artifacts go without it", "Remove branch"
+    return None
+
+
+def check_collection(title: str) -> tuple[str, str] | None:
+    """Give (what, remedy) when `title` cannot be the title of a collection."""
+    if title.strip() and len(title) <= MAX_TITLE and title.isprintable():
+        return None
+    return f"{quoted(title)} is not a title", f"Write one line of at most {MAX_TITLE} characters"
+
+
+def check_publish(publish: Publish) -> Iterator[Finding]:
+    """Give every rule that the fields of publish break."""
+    if publish.hub.startswith("folder:"):
+        for field in HUB_FIELDS:
+            if field in publish.model_fields_set:
+                what = f"{field} has no effect with a folder as hub"
+                yield Finding(at=(field,), needs=("hub",), what=what, remedy=f"Remove {field}, or write hub: hf")
+    if publish.branch and publish.pull_request:
+        what = "branch and pull_request are both given, and a pull request goes to the main branch"
+        yield Finding(at=("branch",), needs=("pull_request",), what=what, remedy="Remove one of the two")
+
+
+def _check_fields(template: str) -> tuple[str, str] | None:
+    """Give (what, remedy) when the braces of `template` are not {name}, {model} and {target}."""
     braces = ", ".join(f"{{{field}}}" for field in REPO_FIELDS)
     try:
         pieces = list(string.Formatter().parse(template))
@@ -236,12 +282,7 @@ def check_template(template: str) -> tuple[str, str] | None:
             return f"has {quoted('{' + field + '}')}, which nothing fills in", suggestion(field, REPO_FIELDS)
         if detail or conversion:
             return f"has a format in {{{field}}}", f"Write {{{field}}} alone"
-    if not check_repo(template.format(name="n", model="m", target="t")):
-        return None
-    return (
-        f"{quoted(template)} is not a repository name",
-        "Write name or owner/name, with letters, digits and . _ -",
-    )
+    return None
 
 
 def check_repo(repo: str) -> tuple[str, str] | None:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,35 @@ from urllib.parse import quote
 
 from converter.errors import PublishError, SourceError
 from converter.folder import check_path
+from converter.provenance import FILE, LIMIT_BYTES, Read, read_statement
 
 Kind = Literal["model", "dataset"]
 COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """Where one artifact goes.
+
+    branch: "" is the main one. collection: the title of one, or its slug; "" is none. replace: whether what is there
+    may be somebody else's, or of another source. origin: what the artifact is made of, as provenance names it.
+    """
+
+    hub: str  # folder:/path or hf
+    repo: str
+    kind: Kind
+    private: bool = False
+    branch: str = ""
+    pull_request: bool = False
+    collection: str = ""
+    replace: bool = False
+    origin: str = ""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that is the hub; None for a hub on the network."""
+        kind, _, rest = self.hub.partition(":")
+        return Path(rest) if kind == "folder" else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +61,20 @@ class Published:
     commit: str  # 40 hex digits
     changed: bool
     url: str
+    note: str = ""
 
 
 class Hub(Protocol):
-    """A place that takes artifacts; both methods raise PublishError."""
+    """A place that takes artifacts."""
 
-    def check(self, repo: str, kind: Kind) -> None:
-        """Find out, before any work, whether publishing to `repo` can succeed."""
+    def problems(self, places: Sequence[Destination]) -> list[PublishError]:
+        """Why publishing to these places could not succeed, all of it, found before any work."""
 
-    def publish(self, repo: str, folder: Path, files: Mapping[str, str], message: str, kind: Kind) -> Published:
-        """Make `repo` hold exactly `files` (path in `folder` -> sha256, hex), in one step; twice is once."""
+    def publish(self, place: Destination, folder: Path, files: Mapping[str, str], message: str) -> Published:
+        """Make the place hold exactly `files` (path in `folder` -> sha256, hex), in one step; twice is once.
+
+        Raises PublishError.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,37 +83,49 @@ class FolderHub:
 
     root: Path
 
-    def check(self, repo: str, kind: Kind) -> None:
-        self._place(repo)
+    def problems(self, places: Sequence[Destination]) -> list[PublishError]:
+        found = []
+        for place in places:
+            try:
+                self._check(place)
+            except PublishError as error:
+                found.append(error)
+        return found
+
+    def _check(self, place: Destination) -> None:
+        artifact = self._place(place.repo)
         nearest = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             what = f"the folder {self.root} cannot be written at {nearest}"
-            raise PublishError(f"folder hub, repo {repo}", what, "Change its permissions, or publish elsewhere")
+            raise PublishError(f"folder hub, repo {place.repo}", what, "Change its permissions, or publish elsewhere")
+        if artifact.is_dir() and not place.replace:
+            check_origin(place, _provenance(artifact), f"folder hub, repo {place.repo}")
 
-    def publish(self, repo: str, folder: Path, files: Mapping[str, str], message: str, kind: Kind) -> Published:
-        place = self._place(repo)
+    def publish(self, place: Destination, folder: Path, files: Mapping[str, str], message: str) -> Published:
+        repo = place.repo
+        artifact = self._place(repo)
         commit = hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()[:40]
         versions = self.root / ".commits" / quote(repo, safe="")
         version = versions / commit
-        link = os.path.relpath(version, place.parent)
-        self.check(repo, kind)
+        link = os.path.relpath(version, artifact.parent)
+        self._check(place)
         try:
             (self.root / ".incoming").mkdir(parents=True, exist_ok=True)
             with self._alone(repo):
-                before = os.readlink(place) if place.is_symlink() else None
+                before = os.readlink(artifact) if artifact.is_symlink() else None
                 if before != link or not self._holds(version, folder, files):
                     self._bring(repo, folder, files, version)
-                    swap_link(place, link)
+                    swap_link(artifact, link)
                     for old in versions.iterdir():
                         if old.name not in (commit, Path(before or "").name):
                             shutil.rmtree(old)
-                    return Published(repo=repo, commit=commit, changed=True, url=str(place))
+                    return Published(repo=repo, commit=commit, changed=True, url=str(artifact))
         except OSError as error:
             what = f"copying into {self.root} failed at {error.filename}: {error.strerror}"
             raise PublishError(
                 f"folder hub, repo {repo}", what, "Make room or mend the disk, then run it again"
             ) from error
-        return Published(repo=repo, commit=commit, changed=False, url=str(place))
+        return Published(repo=repo, commit=commit, changed=False, url=str(artifact))
 
     def _place(self, repo: str) -> Path:
         where = f"folder hub, repo {repo}"
@@ -157,3 +199,21 @@ def changed_since(repo: str, path: Path) -> PublishError:
     """The error for a file that is not what its checksum says; nothing was published."""
     what = f"{path.name} is not the file that was measured: its sha256 differs"
     return PublishError(f"publish {repo}", what, "Convert again; nothing was published")
+
+
+def check_origin(place: Destination, there: Read | None, where: str) -> None:
+    """Raise PublishError when the place holds an artifact of another source, by what its provenance says (None: none).
+
+    Repositories are named after the last part of a source, so two models may well meet in one.
+    """
+    if there is not None and place.origin and there.source != place.origin:
+        what = f"it holds an artifact of {there.source}, and this one is of {place.origin}"
+        raise PublishError(where, what, "Choose another publish.repo, or write replace: true to replace it")
+
+
+def _provenance(artifact: Path) -> Read | None:
+    try:
+        with (artifact / FILE).open("rb") as file:
+            return read_statement(file.read(LIMIT_BYTES))
+    except OSError:
+        return None

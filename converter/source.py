@@ -106,6 +106,7 @@ class Snapshot:
     # The files, in order, of a model that is GGUF; its tensors have the names of those files.
     gguf: tuple[str, ...] = ()
     name: str = ""  # what the manifest calls the model; empty: as its repo
+    gated: bool = False  # on its hub, where people accept terms before they may read it
 
     @property
     def size_bytes(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from converter.blocks import Decoder
 from converter.compare import evaluation
+from converter.hub_calls import Tell
 from converter.manifest import Calibration, Evaluation
 from converter.methods.tables import folds
 from converter.pooling import declared_pooling
@@ -32,6 +33,7 @@ class Attempt:
     record: dict[str, Any]
     threads: int
     report: Report
+    tell: Tell
 
 
 def here(attempt: Attempt) -> Model:

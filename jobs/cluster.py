@@ -20,6 +20,7 @@ from typing import Any
 import ray
 
 from converter.errors import UnsupportedError
+from converter.hub_calls import Tell
 from converter.progress import bytes_text
 from jobs.steps import Outcome, run
 from jobs.store import Store
@@ -66,7 +67,7 @@ class RayExecutor:
                 remedy = "Add a larger node, or take fewer or shorter calibration and evaluation rows"
                 raise UnsupportedError("Ray", what, remedy)
 
-    def submit(self, task: Task, store: Store) -> None:
+    def submit(self, task: Task, store: Store, tell: Tell) -> None:
         needs = task.resources
         widest = max((int(node.get("CPU", 0)) for node in self._nodes), default=1)
         cpus = max(1, min(needs.cpus, widest))

@@ -24,10 +24,10 @@ from converter.progress import Display, Event
 from converter.source import Snapshot
 from jobs.drive import Executor, InProcess, Progress, drive, say
 from jobs.prepare import Prepared, Room, prepare, room, shortages, unreachable, unwritable
-from jobs.steps import open_hub, repo_kind
+from jobs.steps import open_hub
 from jobs.store import Store, file_sha256, write_json, write_text
 from jobs.task import Graph, Task
-from jobs.work import PlannedJob, Work
+from jobs.work import Work
 
 Place = Literal["ray", "inprocess"]
 
@@ -126,7 +126,8 @@ def plan(run: Run) -> Ready:
     tasks = [graph.tasks[key] for key in needed]
     reasons += [str(lack) for lack in shortages(tasks, here, run.address is None, str(run.store.run))]
     if needed:
-        reasons += _hub_problems(run.manifest, [job for job in prepared.plan.jobs if job.subject in chosen])
+        places = [job.place for job in prepared.plan.jobs if job.place and job.subject in chosen]
+        reasons += [str(problem) for problem in open_hub(places[0]).problems(places)] if places else []
     return Ready(
         prepared=prepared,
         room=here,
@@ -134,21 +135,6 @@ def plan(run: Run) -> Ready:
         needed=tuple(needed),
         reasons=tuple(dict.fromkeys(reasons)),
     )
-
-
-def _hub_problems(manifest: Manifest, jobs: Sequence[PlannedJob]) -> Iterator[str]:
-    """Why publishing could not succeed, found before any work; one question for each owner and kind of repo."""
-    asked = set()
-    for job in jobs:
-        if manifest.publish and job.repo:
-            kind = repo_kind(job.target)
-            place = job.repo if manifest.publish.hub.startswith("folder:") else job.repo.rpartition("/")[0]
-            if (place, kind) not in asked:
-                asked.add((place, kind))
-                try:
-                    open_hub(manifest.publish.hub, manifest.publish.private).check(job.repo, kind)
-                except HubmillError as error:
-                    yield str(error)
 
 
 def convert(run: Run, display: Display) -> Result:
@@ -294,8 +280,8 @@ def _whole(task: Task, store: Store) -> bool:
     if task.kind == "finish":
         folder, record = store.run / task.work.model.name / task.work.target.name, store.record(task.key)
         return _has(folder, record["row"]["files"], record["changed_ns"])
-    if task.kind == "publish" and task.work.hub.startswith("folder:"):
-        return (Path(task.work.hub.removeprefix("folder:")) / task.work.repo).exists()
+    if task.kind == "publish" and task.work.place and task.work.place.folder:
+        return (task.work.place.folder / task.work.place.repo).exists()
     return True
 
 

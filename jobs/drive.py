@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
+from converter.hub_calls import Tell
 from converter.progress import Event
 from jobs.steps import Outcome, run
 from jobs.store import Store
 from jobs.task import Graph, Task
 
 POLL_SECONDS = 0.5
+CONNECTIONS = 16  # to hubs, of all tasks together
 
 
 class Executor(Protocol):
@@ -31,7 +34,9 @@ class Executor(Protocol):
         """Raise UnsupportedError when one of these tasks can never run here."""
         ...
 
-    def submit(self, task: Task, store: Store) -> None: ...
+    def submit(self, task: Task, store: Store, tell: Tell) -> None:
+        """Start a task. tell: hears what it waits for, where that is not to be read from the store."""
+        ...
 
     def wait(self, seconds: float) -> Sequence[Outcome]:
         """The outcomes of tasks that ended, after at most this many seconds; none when nothing did."""
@@ -54,8 +59,8 @@ class InProcess:
     def check(self, tasks: Sequence[Task]) -> None:
         """Whatever the plan allows on this machine can run in this process."""
 
-    def submit(self, task: Task, store: Store) -> None:
-        self._ended.append(run(task, store, self._threads))
+    def submit(self, task: Task, store: Store, tell: Tell) -> None:
+        self._ended.append(run(task, store, self._threads, tell))
 
     def wait(self, seconds: float) -> Sequence[Outcome]:
         ended, self._ended = self._ended, []
@@ -74,6 +79,7 @@ class Progress:
     failed: dict[str, str] = field(default_factory=dict)  # key -> error
     skipped: dict[str, str] = field(default_factory=dict)  # key -> title of the task that failed before it
     running: dict[str, float] = field(default_factory=dict)  # key -> when it was submitted
+    noted: dict[str, str] = field(default_factory=dict)  # key -> the last that it waited for
 
     def settled(self, key: str) -> bool:
         return key in self.done or key in self.failed or key in self.skipped
@@ -94,11 +100,12 @@ def drive(
     todo = list(needed)
     share = _shares(graph, todo)
     while todo or state.running:
-        for key in _ready(graph, todo, state)[: max(0, executor.slots - len(state.running))]:
+        for key in _startable(graph, todo, state, executor.slots):
             todo.remove(key)
             state.running[key] = time.monotonic()
             say(store, show, _event(graph, state, share, key, "start"))
-            executor.submit(graph.tasks[key], store)
+            tell = partial(_note, graph, state, share, store, show, key)
+            executor.submit(graph.tasks[key], store, tell)
         for outcome in executor.wait(POLL_SECONDS):
             state.running.pop(outcome.key, None)
             lost = _settle(graph, todo, state, outcome)
@@ -108,8 +115,20 @@ def drive(
             for key in (outcome.key, *lost):
                 _forget_temporaries(graph, state, store, key)
         for key in state.running:
-            show(_event(graph, state, share, key, "running", fraction=store.progress(key)))
+            fraction, waits = store.progress(key)
+            show(_event(graph, state, share, key, "running", fraction=fraction))
+            if waits:
+                _note(graph, state, share, store, show, key, waits)
     return state
+
+
+def _note(
+    graph: Graph, state: Progress, share: dict[str, list[str]], store: Store, show: Show, key: str, waits: str
+) -> None:
+    """Say what a task waits for, unless that was the last that was said of it."""
+    if state.noted.get(key) != waits:
+        state.noted[key] = waits
+        say(store, show, replace(_event(graph, state, share, key, "note"), note=waits))
 
 
 def _ready(graph: Graph, todo: Sequence[str], state: Progress) -> list[str]:
@@ -121,6 +140,21 @@ def _ready(graph: Graph, todo: Sequence[str], state: Progress) -> list[str]:
         if all(read in state.done for read in graph.tasks[key].reads)
         and not any(wait in pending for wait in graph.tasks[key].waits)
     ]
+
+
+def _startable(graph: Graph, todo: Sequence[str], state: Progress, slots: int) -> list[str]:
+    """What is to start now: as much of what is ready as there are slots, and connections to hubs.
+
+    Ray's own resources would need every node of a cluster to be started with them, and its hub is one for all nodes.
+    """
+    used = sum(graph.tasks[key].resources.connections for key in state.running)
+    chosen: list[str] = []
+    for key in _ready(graph, todo, state):
+        wanted = graph.tasks[key].resources.connections
+        if len(state.running) + len(chosen) < slots and (not wanted or used + wanted <= CONNECTIONS):
+            chosen.append(key)
+            used += wanted
+    return chosen
 
 
 def _settle(graph: Graph, todo: list[str], state: Progress, outcome: Outcome) -> list[str]:

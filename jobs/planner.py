@@ -14,9 +14,10 @@ before it gave.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from converter.hub_calls import TOGETHER
 from converter.manifest import Calibration, Evaluation, Manifest, Target
 from converter.methods import Needs
 from converter.methods.tables import NEEDS
@@ -55,7 +56,9 @@ def _model_tasks(
         subject=model.name,
         spec=identity,
         work=Work(model=model, texts=texts),
-        resources=Resources(disk_bytes=sum(model.snapshot.files.values()) if far else 0),
+        resources=Resources(
+            disk_bytes=sum(model.snapshot.files.values()) if far else 0, connections=TOGETHER if far else 0
+        ),
     )
     yield fetch
     work = Work(model=model, texts=texts, device=device, fetched=fetch.key)
@@ -291,7 +294,7 @@ def _artifact_tasks(
     )
     yield evaluate
     # Only on a hub that people can reach by its name does the card tell them to load the artifact from there.
-    place = job.repo or "" if manifest.publish and not manifest.publish.hub.startswith("folder:") else ""
+    place = job.place.repo if job.place and job.place.folder is None else ""
     finish = Task(
         kind="finish",
         subject=job.subject,
@@ -305,15 +308,16 @@ def _artifact_tasks(
         reads=(assemble.key, evaluate.key),
     )
     yield finish
-    if manifest.publish and job.repo:
-        hub, private = manifest.publish.hub, manifest.publish.private
+    if job.place:
         yield Task(
             kind="publish",
             subject=job.subject,
-            spec={"hub": hub, "private": private, "repo": job.repo},
-            work=replace(work, finished=finish.key, repo=job.repo, hub=hub, private=private),
+            spec=asdict(job.place),
+            work=replace(work, finished=finish.key, place=job.place),
             reads=(finish.key,),
-            resources=Resources(disk_bytes=size_bytes if hub.startswith("folder:") else 0),
+            resources=Resources(
+                disk_bytes=size_bytes if job.place.folder else 0, connections=0 if job.place.folder else TOGETHER
+            ),
         )
 
 

@@ -28,6 +28,8 @@ from converter.methods import Needs
 from converter.methods.tables import NEEDS
 from converter.packed import packed_notes
 from converter.progress import bytes_text
+from converter.provenance import portable_source
+from converter.publish import Destination
 from jobs.agreement import check_agreement
 from jobs.needs import disk_bytes, embedding_shape, streams
 from jobs.planner import Plan, build
@@ -148,8 +150,25 @@ def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
     if target.format == "gguf":
         notes += tuple(_idle_rules(target, artifact, unused))
     artifact = replace(artifact, notes=artifact.notes + notes)
-    repo = manifest.publish.repo_of(manifest.name, job) if manifest.publish else None
-    return PlannedJob(model=model, target=target, artifact=artifact, repo=repo)
+    return PlannedJob(model=model, target=target, artifact=artifact, place=_place(manifest, job, model))
+
+
+def _place(manifest: Manifest, job: Job, model: Model) -> Destination | None:
+    """Where the job's artifact is published; None: nowhere. The hub wants Parquet in a data set."""
+    publish = manifest.publish
+    if publish is None:
+        return None
+    return Destination(
+        hub=publish.hub,
+        repo=publish.repo_of(manifest.name, job),
+        kind="dataset" if job.target.format == "parquet" else "model",
+        private=publish.private,
+        branch=publish.branch_of(manifest.name, job),
+        pull_request=publish.pull_request,
+        collection=publish.collection,
+        replace=publish.replace,
+        origin=portable_source(model.snapshot.source),
+    )
 
 
 def _idle_rules(target: Target, artifact: ArtifactPlan, unused: Sequence[str]) -> Iterator[str]:

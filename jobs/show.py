@@ -8,12 +8,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from converter.compare.card import stated_licence
 from converter.compare.tables import read_comparison
 from converter.errors import SourceError
 from jobs.convert import Ready, Run
 from jobs.needs import chain_forwards, disk_bytes, memory_bytes
 from jobs.store import Store, file_sha256
-from jobs.work import PlannedJob
+from jobs.work import Model, PlannedJob
 
 
 def plan_json(run: Run, ready: Ready) -> dict[str, Any]:
@@ -22,6 +23,7 @@ def plan_json(run: Run, ready: Ready) -> dict[str, Any]:
     chosen = run.chosen()
     tasks = [plan.graph.tasks[key] for key in ready.needed]
     jobs = [_job_json(job, ready) for job in plan.jobs if job.subject in chosen]
+    models = {job.model.name: job.model for job in plan.jobs if job.subject in chosen}
     refused = [
         {"job": key, "state": "refused", "files": {}, "exact": True, "types": {}, "notes": [error], "tensors": []}
         for key, error in ready.prepared.problems.items()
@@ -29,6 +31,7 @@ def plan_json(run: Run, ready: Ready) -> dict[str, Any]:
     ]
     return {
         "name": run.manifest.name,
+        "models": [_model_json(model) for model in models.values()],
         "jobs": jobs + refused,
         "tasks": len(plan.graph.tasks),
         "tasks_needed": len(ready.needed),
@@ -40,6 +43,16 @@ def plan_json(run: Run, ready: Ready) -> dict[str, Any]:
         },
         "refused": list(ready.reasons),
     }
+
+
+def _model_json(model: Model) -> dict[str, Any]:
+    """A model as its hub or folder has it; its licence goes into the cards of its artifacts."""
+    snapshot = model.snapshot
+    licence, gap = stated_licence(snapshot.folder)
+    notes = [gap.rstrip(".")] if gap else []
+    if snapshot.gated:
+        notes.append("It is gated: who loads an artifact accepts no terms, unless you gate its repository, too")
+    return {"model": model.name, "repo": snapshot.repo, "commit": snapshot.commit, "licence": licence, "notes": notes}
 
 
 def _job_json(job: PlannedJob, ready: Ready) -> dict[str, Any]:
@@ -60,7 +73,7 @@ def _job_json(job: PlannedJob, ready: Ready) -> dict[str, Any]:
         "exact": job.artifact.exact,
         "types": dict(Counter(tensor.grid.name for tensor in tensors)),
         "notes": [*notes, *job.artifact.notes],
-        "repo": job.repo,
+        "repo": job.place.repo if job.place else None,
         "tensors": [
             {
                 "name": tensor.name,
@@ -92,6 +105,8 @@ def status(store: Store) -> dict[str, Any]:
             running.clear()
             last.clear()
             continue
+        if event["state"] == "note":
+            continue  # what a task waits for now, its progress says
         counts[event["state"]] += 1
         if event["task"] != "plan" and last.get(event["subject"], event)["state"] not in ("failed", "skipped"):
             last[event["subject"]] = event  # what failed stays, though other tasks of the job may still end well
@@ -100,7 +115,9 @@ def status(store: Store) -> dict[str, Any]:
             running[event["task"]] = event
     alive = is_running(store)
     for key, event in running.items():
-        event["note"] = f"{100 * store.progress(key):.0f} %" if alive else "was cut; convert goes on from here"
+        fraction, waits = store.progress(key)
+        said = f"{100 * fraction:.0f} %{', ' if waits else ''}{waits}"
+        event["note"] = said if alive else "was cut; convert goes on from here"
     return {
         "running": len(running) if alive else 0,
         "done": counts["done"],

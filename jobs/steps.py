@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ from converter.compare import card, evaluation
 from converter.containers.gguf.imatrix import Sums, open_imatrix, write_imatrix
 from converter.containers.tables import CONTAINERS
 from converter.errors import HubmillError, SourceError
+from converter.hub_calls import Tell, hush
 from converter.hub_publish import HuggingFaceHub
-from converter.manifest import Target
-from converter.publish import FolderHub, Hub
+from converter.publish import Destination, FolderHub, Hub
 from converter.stats import pack
 from jobs.attempt import Attempt, decoder_of, here, original_of, rows_of
 from jobs.propagate import propagate
@@ -47,8 +47,11 @@ class Outcome:
     note: str = ""
 
 
-def run(task: Task, store: Store, threads: int) -> Outcome:
-    """Run one task to its end with this many threads; an error becomes part of the outcome, an interrupt does not."""
+def run(task: Task, store: Store, threads: int, tell: Tell | None = None) -> Outcome:
+    """Run one task to its end with this many threads; an error becomes part of the outcome, an interrupt does not.
+
+    tell: hears of waits, which are written beside the progress in any case.
+    """
     start = time.perf_counter()
     _reset_peak()
     error = note = ""
@@ -56,12 +59,18 @@ def run(task: Task, store: Store, threads: int) -> Outcome:
     try:
         assert isinstance(task.work, Work)
         with store.attempt(task.key) as (folder, record), torch.no_grad():
-            report = store.reporter(task.key)
-            STEPS[task.kind](
-                Attempt(
-                    task=task, work=task.work, store=store, folder=folder, record=record, threads=threads, report=report
-                )
+            reporter = store.reporter(task.key)
+            attempt = Attempt(
+                task=task,
+                work=task.work,
+                store=store,
+                folder=folder,
+                record=record,
+                threads=threads,
+                report=reporter.report,
+                tell=both(reporter.tell, tell) if tell else reporter.tell,
             )
+            STEPS[task.kind](attempt)
             record["seconds"] = time.perf_counter() - start
             record["peak_bytes"] = _peak_bytes()
             note = str(record.get("note", ""))
@@ -70,6 +79,16 @@ def run(task: Task, store: Store, threads: int) -> Outcome:
     except Exception as problem:  # the task boundary: whatever went wrong belongs to this task and its dependents
         error = f"{task.title}: {type(problem).__name__}: {problem}"
     return Outcome(key=task.key, seconds=time.perf_counter() - start, peak_bytes=_peak_bytes(), error=error, note=note)
+
+
+def both(first: Tell, second: Tell) -> Tell:
+    """Tell two."""
+
+    def tell(note: str) -> None:
+        first(note)
+        second(note)
+
+    return tell
 
 
 def fetch(attempt: Attempt) -> None:
@@ -84,7 +103,9 @@ def fetch(attempt: Attempt) -> None:
             arrived += size_bytes
             attempt.report(min(1.0, arrived / total))
 
-    fetched = hub.fetch(snapshot, attempt.store.downloads, f"model '{attempt.work.model.name}'", report=count)
+    fetched = hub.fetch(
+        snapshot, attempt.store.downloads, f"model '{attempt.work.model.name}'", report=count, tell=attempt.tell
+    )
     attempt.record["folder"] = str(fetched.folder)
 
 
@@ -251,29 +272,22 @@ def finish(attempt: Attempt) -> None:
 def publish(attempt: Attempt) -> None:
     """Publish the artifact in one atomic step."""
     work, store = attempt.work, attempt.store
-    assert work.target is not None
+    assert work.target is not None and work.place is not None
     row = store.record(work.finished)["row"]
-    published = open_hub(work.hub, work.private).publish(
-        work.repo,
+    published = open_hub(work.place, attempt.tell).publish(
+        work.place,
         store.run / work.model.name / work.target.name,
         {item["path"]: item["sha256"] for item in row["files"]},
         f"{work.model.name} as {work.target.name}, by hubmill",
-        repo_kind(work.target),
     )
-    attempt.record["commit"] = published.commit
-    attempt.record["note"] = f"published {published.repo}" if published.changed else f"{published.repo} is up to date"
+    attempt.record["commit"], attempt.record["url"] = published.commit, published.url
+    done = "published as" if published.changed else "up to date:"
+    attempt.record["note"] = published.note or f"{done} {published.url}"
 
 
-def open_hub(name: str, private: bool) -> Hub:
-    """The hub that a manifest calls folder:/path or hf; the latter takes endpoint and token from the environment."""
-    if name.startswith("folder:"):
-        return FolderHub(root=Path(name.removeprefix("folder:")))
-    return HuggingFaceHub(private=private)
-
-
-def repo_kind(target: Target) -> Literal["model", "dataset"]:
-    """What kind of repository a target goes to: the hub wants Parquet in a dataset."""
-    return "dataset" if target.format == "parquet" else "model"
+def open_hub(place: Destination, tell: Tell = hush) -> Hub:
+    """The hub of a place; one on the network takes endpoint and token from the environment."""
+    return HuggingFaceHub(tell=tell) if place.folder is None else FolderHub(root=place.folder)
 
 
 STEPS: dict[Kind, Callable[[Attempt], None]] = {

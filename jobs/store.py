@@ -116,29 +116,45 @@ class Store:
     def progress_file(self, key: str) -> Path:
         return self.work / "progress" / key
 
-    def reporter(self, key: str) -> Report:
-        """A function that a step calls with its progress, 0 to 1; it writes at most twice a second."""
+    def reporter(self, key: str) -> Reporter:
+        """Where a step says how far it is, and what it waits for."""
         path = self.progress_file(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        last = 0.0
+        return Reporter(path)
 
-        def report(fraction: float) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last > 0.5:
-                last = now
-                temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
-                temporary.write_text(f"{fraction:.4f}")
-                temporary.rename(path)
-
-        return report
-
-    def progress(self, key: str) -> float:
-        """How far a running task is, between 0 and 1."""
+    def progress(self, key: str) -> tuple[float, str]:
+        """How far a running task is, between 0 and 1, and what it waits for, in words; mostly for nothing."""
         try:
-            return float(self.progress_file(key).read_text())
+            fraction, _, note = self.progress_file(key).read_text("utf-8").partition(" ")
+            return float(fraction), note
         except (FileNotFoundError, ValueError):
-            return 0.0
+            return 0.0, ""
+
+
+class Reporter:
+    """A step's progress in a file that others read: a number between 0 and 1, and a note when it waits.
+
+    Called from several threads; a note is written at once, a number at most twice a second.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last = 0.0
+        self._fraction = 0.0
+
+    def report(self, fraction: float) -> None:
+        self._fraction = fraction
+        if time.monotonic() - self._last > 0.5:
+            self._write(f"{fraction:.4f}")
+
+    def tell(self, note: str) -> None:
+        self._write(f"{self._fraction:.4f} {note}")
+
+    def _write(self, text: str) -> None:
+        self._last = time.monotonic()
+        temporary = self._path.with_name(f"{self._path.name}.{uuid.uuid4().hex[:8]}")
+        temporary.write_text(text, "utf-8")
+        temporary.rename(self._path)
 
 
 def write_json(path: Path, data: object) -> None:

@@ -43,12 +43,16 @@ RECIPES: dict[Kind, int] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a task takes while it runs, and the disk that its output takes; planned from shapes, not measured."""
+    """What a task takes while it runs, and the disk that its output takes; planned from shapes, not measured.
+
+    connections: to a hub on the network, whose limits count for a run as a whole.
+    """
 
     cpus: int = 1
     gpus: int = 0
     memory_bytes: int = 0
     disk_bytes: int = 0
+    connections: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from functools import cached_property
 from converter.architecture import Architecture, block_count
 from converter.containers import ArtifactPlan, TensorPlan
 from converter.manifest import Calibration, Evaluation, Target
+from converter.publish import Destination
 from converter.source import Header, Snapshot
 
 
@@ -55,12 +56,12 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedJob:
-    """One model in one target, with everything its artifact will hold. repo: where it is published; None: nowhere."""
+    """One model in one target, with everything its artifact will hold. place: where it is published; None: nowhere."""
 
     model: Model
     target: Target
     artifact: ArtifactPlan
-    repo: str | None
+    place: Destination | None
 
     @property
     def subject(self) -> str:
@@ -105,8 +106,7 @@ class Work:
     referenced: str = ""
     evaluated: str = ""
     finished: str = ""
-    repo: str = ""
-    hub: str = ""
-    private: bool = True
+    repo: str = ""  # where the card says that the artifact is
+    place: Destination | None = None
     device: str = "cpu"
     fetched: str = ""

@@ -289,7 +289,7 @@ def on_hub(hub_server: HubServer, place: Path, monkeypatch: pytest.MonkeyPatch) 
     template = f"{hub_server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub_server.url)
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr("converter.hub.WAITS", (0.01,))
+    monkeypatch.setattr("converter.hub_calls.WAITS", (0.01,))
     hub_server.add("owner/small", {path.name: path.read_bytes() for path in (place / "model").iterdir()})
     (place / "small.yaml").write_text(MANIFEST.replace("folder:model", "hub:owner/small") + TEXTS)
     return hub_server

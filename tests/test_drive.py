@@ -9,14 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converter.hub_calls import Tell
 from converter.progress import Event
-from jobs.drive import drive
+from jobs.drive import CONNECTIONS, drive
 from jobs.steps import Outcome
 from jobs.store import Store
-from jobs.task import Graph, Task
+from jobs.task import Graph, Resources, Task
 
 
-def task(name: str, *reads: Task, waits: Sequence[Task] = (), temporary: bool = False) -> Task:
+def task(
+    name: str, *reads: Task, waits: Sequence[Task] = (), temporary: bool = False, resources: Resources | None = None
+) -> Task:
     return Task(
         kind="quantize",
         subject=name,
@@ -25,6 +28,7 @@ def task(name: str, *reads: Task, waits: Sequence[Task] = (), temporary: bool = 
         reads=tuple(read.key for read in reads),
         waits=tuple(wait.key for wait in waits),
         temporary=temporary,
+        resources=resources or Resources(),
     )
 
 
@@ -40,7 +44,7 @@ class Recorder:
     def check(self, tasks: Sequence[Task]) -> None:
         pass
 
-    def submit(self, task: Task, store: Store) -> None:
+    def submit(self, task: Task, store: Store, tell: Tell) -> None:
         self.order.append(task.subject)
         self.pending.append((task, store))
         self.most = max(self.most, len(self.pending))
@@ -212,3 +216,39 @@ def test_every_task_ends_done_failed_or_skipped_after_what_it_reads(
     for key in done:
         for read in graph.tasks[key].reads:
             assert position[graph.tasks[read].subject] < position[graph.tasks[key].subject]
+
+
+def test_connections_to_hubs_are_bounded_and_what_needs_none_goes_on(tmp_path: Path) -> None:
+    busy = Resources(connections=CONNECTIONS // 2)
+    far = [task(f"far {number}", resources=busy) for number in range(6)]
+    near = [task(f"near {number}") for number in range(6)]
+    most = 0
+
+    class Watching(Recorder):
+        def submit(self, task: Task, store: Store, tell: Tell) -> None:
+            nonlocal most
+            super().submit(task, store, tell)
+            most = max(most, sum(one.resources.connections for one, _ in self.pending))
+
+    executor = Watching(slots=8)
+    run(Graph([*far, *near]), tmp_path, executor)
+    assert most == CONNECTIONS and len(executor.order) == 12 and executor.most == 8
+
+
+def test_a_wait_is_said_once_and_is_in_the_log(tmp_path: Path) -> None:
+    class Waiting(Recorder):
+        def submit(self, task: Task, store: Store, tell: Tell) -> None:
+            super().submit(task, store, tell)
+            store.reporter(task.key).tell("the hub is busy (429): goes on in 55 s")
+            self.polls = 3
+
+        def wait(self, seconds: float) -> list[Outcome]:
+            self.polls -= 1
+            return [] if self.polls else super().wait(seconds)
+
+    events: list[Event] = []
+    graph, store = Graph([task("a")]), Store(run=tmp_path)
+    drive(graph, graph.needed([]), [], Waiting(), store, events.append)
+    notes = [event.note for event in events if event.state == "note"]
+    assert notes == ["the hub is busy (429): goes on in 55 s"]
+    assert sum("goes on in 55 s" in line for line in store.events.read_text().splitlines()) == 1

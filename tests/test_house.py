@@ -23,7 +23,12 @@ DOORS = {
     "pydantic": ("converter/manifest_fields.py", "converter/manifest_target.py"),
     "pydantic_core": ("converter/manifest_fields.py",),
     "yaml": ("converter/marks.py", "converter/architecture.py"),
-    "huggingface_hub": ("converter/hub.py", "converter/hub_publish.py"),
+    "huggingface_hub": (
+        "converter/hub.py",
+        "converter/hub_calls.py",
+        "converter/hub_publish.py",
+        "converter/hub_rights.py",
+    ),
     "transformers": ("converter/skeleton.py", "converter/tokenizer.py"),
     "safetensors": ("converter/tensor_file.py", "converter/source.py", "converter/containers/"),
     "tokenizers": ("converter/containers/gguf/vocabulary/",),

@@ -1,25 +1,31 @@
-"""The hubs: reading models from one over HTTP, and publishing to it and to a folder.
-
-Over HTTP the real client talks to `hub_server`, which speaks the protocol and fails on demand.
-"""
+"""Reading models from a hub: real HTTP to `hub_server`, which speaks the protocol and fails on demand."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save
 
-from converter.errors import PublishError, SourceError
+from converter import hub
+from converter.errors import SourceError
 from converter.hub import fetch, resolve
-from converter.hub_publish import HuggingFaceHub
-from converter.publish import FolderHub, Hub
-from hub_server import READER, WRITER, HubServer, artifact, contents, hub_server
+from converter.hub_calls import TOGETHER
+from hub_server import READER, HubServer, hub_server
+from patience import PATIENCE_SECONDS
 
 __all__ = ["hub_server"]  # a fixture
 WEIGHTS = r"\.safetensors$"
@@ -28,7 +34,7 @@ WEIGHTS = r"\.safetensors$"
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits of seconds, which a real hub needs, would only make these tests slow."""
-    monkeypatch.setattr("converter.hub.WAITS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("converter.hub_calls.WAITS", (0.01, 0.01, 0.01))
 
 
 def model_files(tensors: int = 3, rows: int = 64) -> dict[str, bytes]:
@@ -145,9 +151,122 @@ def test_file_that_is_not_what_the_hub_states_is_refused(hub_server: HubServer, 
     snapshot = resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
     name = "model-00001-of-00002.safetensors"
     hub_server.repos["models", "owner/model"].commits[commit][name] = files[name][:-1] + b"?"
-    with pytest.raises(SourceError, match="another checksum"):
+    with pytest.raises(SourceError, match="another checksum than the hub states, twice"):
         fetch(snapshot, tmp_path, "test", endpoint=hub_server.url)
     assert not (snapshot.folder / name).exists()
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "tokenizer.json"])
+def test_file_that_was_damaged_on_the_way_is_fetched_anew(hub_server: HubServer, tmp_path: Path, name: str) -> None:
+    """By its sha256 where the hub keeps it in LFS, and by git's sha1 where it does not."""
+    files = model_files()
+    hub_server.add("owner/model", files)
+    snapshot = resolve("hub:owner/model", tmp_path / "plan", "test", endpoint=hub_server.url)
+    hub_server.fail("GET", f"/resolve/.*{name}", damage=True)
+    notes: list[str] = []
+    fetched = fetch(snapshot, tmp_path / "work", "test", endpoint=hub_server.url, tell=notes.append)
+    assert (fetched.folder / name).read_bytes() == files[name]
+    assert notes == [f"{name} arrived with another checksum than the hub states: it is fetched anew"]
+
+
+def test_hub_that_stands_still_is_asked_again_and_the_download_goes_on(
+    hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = model_files(rows=4096)
+    hub_server.add("owner/model", files)
+    snapshot = resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
+    monkeypatch.setattr("converter.hub.TIMEOUT", 0.3)
+    hub_server.log.clear()
+    second = "model-00002-of-00002.safetensors"
+    hub_server.fail("GET", second, cut_after=3_000_000, stall=1.5)
+    fetched = fetch(snapshot, tmp_path, "test", endpoint=hub_server.url)
+    assert (fetched.folder / second).read_bytes() == files[second]
+    first, again = [entry.range for entry in hub_server.requests("GET", second)]
+    assert first is None and again is not None and int(again[len("bytes=") : -1]) >= 2 << 20
+
+
+DOWNLOADER = """
+import sys
+from pathlib import Path
+from converter.hub import fetch, resolve
+snapshot = resolve("hub:owner/model", Path(sys.argv[2]), "test", endpoint=sys.argv[1])
+fetch(snapshot, Path(sys.argv[2]), "test", endpoint=sys.argv[1])
+"""
+
+
+def test_download_whose_process_was_killed_goes_on_where_it_stopped(hub_server: HubServer, tmp_path: Path) -> None:
+    files = model_files(rows=4096)
+    hub_server.add("owner/model", files)
+    second = "model-00002-of-00002.safetensors"
+    commit = hub_server.repos["models", "owner/model"].head
+    part = tmp_path / "owner--model" / commit / ".parts" / f"{second}.part"
+    command = [sys.executable, "-c", DOWNLOADER, hub_server.url, str(tmp_path)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    # The plan reads the file's header first, and then comes the download, which stops in the middle of the file.
+    hub_server.fail("GET", second, skip=1, cut_after=3_000_000, stall=PATIENCE_SECONDS)
+    process = subprocess.Popen(command, env=environment)
+    try:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not part.exists() or part.stat().st_size < 2 << 20:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    there = part.stat().st_size
+    hub_server.log.clear()
+    snapshot = resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
+    fetched = fetch(snapshot, tmp_path, "test", endpoint=hub_server.url)
+    assert (fetched.folder / second).read_bytes() == files[second]
+    assert f"bytes={there}-" in [entry.range for entry in hub_server.requests("GET", second)]
+
+
+def test_token_is_not_sent_where_a_download_is_redirected_to(hub_server: HubServer, tmp_path: Path) -> None:
+    files = model_files()
+    hub_server.add("owner/model", files)
+    hub_server.cdn = hub_server.url.replace("127.0.0.1", "localhost")
+    snapshot = resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url, token=READER)
+    fetched = fetch(snapshot, tmp_path, "test", endpoint=hub_server.url, token=READER)
+    name = "model-00001-of-00002.safetensors"
+    assert (fetched.folder / name).read_bytes() == files[name]
+    redirected = hub_server.requests("GET", "^/_cdn/")
+    assert redirected and all(entry.token is None and "localhost" in entry.host for entry in redirected)
+    assert all(entry.token == READER for entry in hub_server.log if entry not in redirected)
+
+
+def test_signed_address_is_in_no_message(hub_server: HubServer, tmp_path: Path) -> None:
+    hub_server.add("owner/model", model_files())
+    hub_server.cdn = hub_server.url.replace("127.0.0.1", "localhost")
+    hub_server.fail("GET", "^/_cdn/", status=500, times=99)
+    with pytest.raises(SourceError, match=r"\(500\)") as caught:
+        resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url, token=READER)
+    assert "Signature" not in repr(caught.value) and caught.value.__cause__ is None
+
+
+def test_no_more_than_a_few_files_are_downloaded_at_a_time(
+    hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_server.add("owner/model", model_files() | {f"text-{n}.txt": b"text" for n in range(20)})
+    most, running, alone = 0, 0, Lock()
+    ask = hub.Remote.stream
+
+    @contextmanager
+    def counted(*arguments: Any) -> Iterator[Any]:
+        nonlocal most, running
+        with alone:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.01)
+        try:
+            with ask(*arguments) as answer:
+                yield answer
+        finally:
+            with alone:
+                running -= 1
+
+    monkeypatch.setattr(hub.Remote, "stream", counted)
+    resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
+    assert most == TOGETHER
 
 
 def test_cut_connection_and_busy_hub_are_waited_out(hub_server: HubServer, tmp_path: Path) -> None:
@@ -164,13 +283,17 @@ def test_wait_is_the_one_that_the_hub_names(
     hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("converter.hub.pause", lambda seconds, stop: waits.append(seconds))
+    monkeypatch.setattr("converter.hub_calls.pause", lambda seconds, stop: waits.append(seconds))
     hub_server.add("owner/model", model_files())
     hub_server.fail("GET", "/api/models/", status=429, headers={"RateLimit": '"api";r=0;t=55'})
     hub_server.fail("GET", "/api/models/", status=429, headers={"Retry-After": "7"})
-    hub_server.fail("GET", "/api/models/", status=429, headers={"Retry-After": "9999"})
+    hub_server.fail("GET", "/api/models/", status=429, headers={"Retry-After": "soon"})
     resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
-    assert waits == [55.0, 7.0, 300.0]
+    assert waits == [55.0, 7.0, 0.01]
+    hub_server.fail("GET", "/api/models/", status=503, headers={"Retry-After": "301"})
+    with pytest.raises(SourceError, match=r"asks to come back in 301 s \(503\)"):
+        resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
+    assert len(waits) == 3, "too early a try would only count against the same limit"
 
 
 @pytest.mark.parametrize(
@@ -270,125 +393,3 @@ def test_file_that_ends_early_without_an_error_is_a_cut(hub_server: HubServer, t
     hub_server.fail("GET", WEIGHTS, status=200, times=9)  # a proxy's empty page
     with pytest.raises(SourceError, match="was cut"):
         fetch(snapshot, tmp_path, "test", endpoint=hub_server.url)
-
-
-# Publishing
-
-
-def held(hub: Hub, repo: str, server: HubServer) -> dict[str, bytes]:
-    if isinstance(hub, FolderHub):
-        return contents(hub.root / repo)
-    return server.files(repo)
-
-
-@pytest.fixture(params=["folder", "http"])
-def hub(request: pytest.FixtureRequest, hub_server: HubServer, tmp_path: Path) -> Hub:
-    """Both hubs, for what is true of each."""
-    if request.param == "folder":
-        return FolderHub(root=tmp_path / "hub")
-    return HuggingFaceHub(endpoint=hub_server.url, token=WRITER)
-
-
-def test_hub_holds_exactly_what_was_published_last(hub: Hub, hub_server: HubServer, tmp_path: Path) -> None:
-    folder = tmp_path / "artifact"
-    files = artifact(folder, README_dot_md=b"# card", model_dot_gguf=b"GGUF" * 9, sub__empty_dot_txt=b"")
-    first = hub.publish("owner/model", folder, files, "first", "model")
-    assert first.changed and len(first.commit) == 40
-    assert held(hub, "owner/model", hub_server) == contents(folder)
-    del files["sub/empty.txt"]
-    (folder / "sub/empty.txt").unlink()
-    files |= artifact(folder, model_dot_gguf=b"GGUF" * 10, new_dot_json=b"{}")
-    second = hub.publish("owner/model", folder, files, "second", "model")
-    assert second.changed and second.commit != first.commit
-    assert held(hub, "owner/model", hub_server) == contents(folder)
-
-
-def test_second_publish_of_the_same_is_a_no_op(hub: Hub, hub_server: HubServer, tmp_path: Path) -> None:
-    files = artifact(tmp_path / "artifact", README_dot_md=b"# card", model_dot_gguf=b"GGUF" * 9)
-    first = hub.publish("owner/model", tmp_path / "artifact", files, "first", "model")
-    hub_server.log.clear()
-    second = hub.publish("owner/model", tmp_path / "artifact", files, "again", "model")
-    assert (second.commit, second.changed) == (first.commit, False)
-    assert not hub_server.requests("POST", "/commit/") and not hub_server.requests("PUT", "")
-
-
-def test_file_that_changed_since_it_was_measured_publishes_nothing(
-    hub: Hub, hub_server: HubServer, tmp_path: Path
-) -> None:
-    files = artifact(tmp_path / "artifact", README_dot_md=b"# card", model_dot_gguf=b"GGUF" * 9)
-    first = hub.publish("owner/model", tmp_path / "artifact", files, "first", "model")
-    before = held(hub, "owner/model", hub_server)
-    (tmp_path / "artifact/README.md").write_bytes(b"# cord")
-    files["model.gguf"] = "0" * 64
-    with pytest.raises(PublishError, match="sha256 differs"):
-        hub.publish("owner/model", tmp_path / "artifact", files, "second", "model")
-    assert held(hub, "owner/model", hub_server) == before and first.changed
-
-
-def test_parquet_goes_to_a_dataset_and_into_a_model_without_a_warning(
-    hub_server: HubServer, tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
-    hub = HuggingFaceHub(endpoint=hub_server.url, token=WRITER)
-    files = artifact(tmp_path / "artifact", tensors_dot_parquet=b"PAR1" * 9)
-    assert "/datasets/" in hub.publish("owner/d", tmp_path / "artifact", files, "first", "dataset").url
-    hub.publish("owner/m", tmp_path / "artifact", files, "first", "model")
-    assert hub_server.files("owner/d", "datasets") == hub_server.files("owner/m") == contents(tmp_path / "artifact")
-    assert not [warning for warning in recwarn if "data file" in str(warning.message)]
-
-
-def test_large_file_in_parts_and_a_busy_store_arrive_in_one_commit(hub_server: HubServer, tmp_path: Path) -> None:
-    hub_server.part_bytes = 1000
-    data = bytes(range(256)) * 10
-    files = artifact(tmp_path, a_dot_gguf=data, b_dot_gguf=b"small", README_dot_md=b"# card")
-    hub_server.fail("PUT", "/_lfs/", status=503)
-    HuggingFaceHub(endpoint=hub_server.url, token=WRITER).publish("owner/model", tmp_path, files, "first", "model")
-    assert hub_server.files("owner/model")["a.gguf"] == data
-    assert len(hub_server.requests("POST", "/commit/main")) == 1
-    assert len([entry for entry in hub_server.requests("PUT", "/_lfs/.*/[0-9]+$") if entry.status == 200]) == 3
-
-
-def test_commit_by_somebody_else_in_between_is_not_overwritten(hub_server: HubServer, tmp_path: Path) -> None:
-    files = artifact(tmp_path, README_dot_md=b"# card", model_dot_gguf=b"GGUF" * 9)
-    hub = HuggingFaceHub(endpoint=hub_server.url, token=WRITER)
-    hub_server.before_commit.append(lambda: hub_server.add("owner/model", {"README.md": b"theirs"}))
-    with pytest.raises(PublishError, match="somebody else committed"):
-        hub.publish("owner/model", tmp_path, files, "ours", "model")
-    assert hub_server.files("owner/model") == {"README.md": b"theirs"}
-
-
-def test_commit_whose_answer_was_lost_counts(hub_server: HubServer, tmp_path: Path) -> None:
-    files = artifact(tmp_path, README_dot_md=b"# card")
-    hub_server.fail("POST", "/commit/main", cut_after=3)
-    hub = HuggingFaceHub(endpoint=hub_server.url, token=WRITER)
-    assert hub.publish("owner/model", tmp_path, files, "first", "model").changed
-    assert hub_server.files("owner/model") == {"README.md": b"# card"}
-
-
-def test_file_that_the_hub_leaves_out_is_an_error(hub_server: HubServer, tmp_path: Path) -> None:
-    files = artifact(tmp_path, README_dot_md=b"# card", model_dot_gguf=b"GGUF" * 9)
-    hub_server.ignored.add("model.gguf")
-    with pytest.raises(PublishError, match=r"without model\.gguf"):
-        HuggingFaceHub(endpoint=hub_server.url, token=WRITER).publish("owner/model", tmp_path, files, "m", "model")
-
-
-@pytest.mark.parametrize(
-    ("status", "what"), [(403, r"\(403\)"), (500, r"\(500\)"), (429, r"\(429\)"), (413, r"\(413\)")]
-)
-def test_refused_commit_is_told(hub_server: HubServer, tmp_path: Path, status: int, what: str) -> None:
-    files = artifact(tmp_path, README_dot_md=b"# card")
-    hub_server.fail("POST", "/commit/main", status=status, times=9)
-    with pytest.raises(PublishError, match=what) as caught:
-        HuggingFaceHub(endpoint=hub_server.url, token=WRITER).publish("owner/model", tmp_path, files, "m", "model")
-    assert WRITER not in str(caught.value)
-
-
-def test_check_finds_a_missing_wrong_or_reading_token_and_a_foreign_owner(hub_server: HubServer) -> None:
-    HuggingFaceHub(endpoint=hub_server.url, token=WRITER).check("team/model", "model")
-    refused = {"there is no token": (None, "owner/m"), "does not accept": ("hf_wrong", "owner/m")}
-    refused |= {"can only read": (READER, "owner/m"), "may not write to guests": (WRITER, "guests/m")}
-    refused |= {"may not write to stranger": (WRITER, "stranger/m")}
-    for what, (token, repo) in refused.items():
-        with pytest.raises(PublishError, match=what) as caught:
-            HuggingFaceHub(endpoint=hub_server.url, token=token).check(repo, "model")
-        assert str(token) not in str(caught.value)
-    assert WRITER not in repr(HuggingFaceHub(token=WRITER))

@@ -119,6 +119,14 @@ def test_jobs_are_models_times_targets_with_selection_overrides_and_exclude(fold
     assert [manifest.publish.repo_of(manifest.name, job) for job in manifest.jobs()][-1] == "small/name-int8"
 
 
+def test_targets_may_share_a_repository_when_each_has_a_branch_of_it(folder: Path) -> None:
+    text = changed('hub: folder:out/hub, repo: "{name}/{model}-{target}"', 'hub: hf, repo: "org/{model}"')
+    manifest = read(folder, changed("private: true", 'branch: "quantized/{target}"', text))
+    assert manifest.publish is not None
+    places = {(manifest.publish.repo_of("x", job), manifest.publish.branch_of("x", job)) for job in manifest.jobs()}
+    assert ("org/name", "quantized/int8") in places and len(places) == len(manifest.jobs())
+
+
 def test_the_first_matching_rule_wins(folder: Path) -> None:
     target = read(folder, GOOD).targets["int8"]
     rule = target.rule_for("model.embed_tokens.weight")
@@ -325,6 +333,18 @@ CASES = [
     ("{name}/{model}-{target}", "{model.__class__}-{target}", "repo has '{model.__class__}', which nothing fills in. "),
     ("{name}/{model}-{target}", "{model-{target}", "repo '{model-{target}' has "),
     ("hub: folder:out/hub", "hub: hugging", "18:16: publish: hub 'hugging' has no known form. Write folder:path or hf"),
+    ("private: true", "branch: q4", "publish: branch has no effect with a folder as hub. Remove branch, or wri"),
+    ("private: true", "pull_request: true", "publish: pull_request has no effect with a folder as hub. "),
+    ("private: true", "collection: Ours", "publish: collection has no effect with a folder as hub. "),
+    ("private: true", "branch: '../{target}'", "publish: branch '../{target}' is not a branch. Write letters,"),
+    ("private: true", "branch: refs/pr/1", "publish: branch 'refs/pr/1' is not a branch. "),
+    ("private: true", "branch: '{target}.lock'", "publish: branch '{target}.lock' is not a branch. "),
+    ("private: true", "branch: main", "publish: branch main is where artifacts go without it. Remove branch."),
+    ("private: true", "branch: '{tarket}'", "publish: branch has '{tarket}', which nothing fills in. Did you mean 'ta"),
+    ("private: true", f"collection: {'a' * 121}", "is not a title. Write one line of at most 120 characters."),
+    ("private: true", "replace: yes", "publish: replace 'yes' is not true or false. Write true, without quotes."),
+    ("hub: folder:out/hub, repo: \"{name}/{model}-{target}\"", "hub: hf, pull_request: true, branch: q4", "publish: b"),
+    ("hub: folder:out/hub, repo: \"{name}/{model}-{target}\"", "hub: hf, repo: \"Org/{model}\"", "its source 'hub:org"),
     ("private: true", "private: on", "publish: private 'on' is not true or false. Write true, without quotes."),
 ]
 # fmt: on

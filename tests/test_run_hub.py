@@ -27,6 +27,7 @@ from small_run import ROOT, TARGETS, write_model
 
 __all__ = ["hub_server"]  # a fixture
 
+MORE = "source: hub:owner/small}, {source: hub:owner/missing}, {source: hub:owner/shut}]"
 MANIFEST = """
 name: hubs
 models: [{{source: hub:owner/small}}]
@@ -103,20 +104,34 @@ def test_missing_rights_and_models_are_refused_before_any_work(
     nobody = hubmill(hub_server, "convert", manifest, "--out", out, token=None)
     assert nobody.returncode == 3
     assert "HF_TOKEN" in nobody.stderr
-    manifest.write_text(manifest.read_text().replace("owner/small", "owner/missing"))
-    missing = hubmill(hub_server, "plan", manifest, "--out", out)
-    assert missing.returncode == 3
-    assert "owner/missing" in missing.stderr
+    hub_server.add("owner/small-q8-0", {"model.safetensors": b"somebody's weights"})
+    hub_server.add("owner/small-int8", {}, kind="datasets")
+    hub_server.repos["datasets", "owner/small-int8"].writable = False
+    hub_server.add("owner/shut", {"config.json": b"{}", "model.safetensors": b"x"}, gated=True)
+    hub_server.repos["models", "owner/shut"].accepted = False
+    manifest.write_text(manifest.read_text().replace("source: hub:owner/small}]", MORE))
+    refused = hubmill(hub_server, "plan", manifest, "--out", out)
+    assert refused.returncode == 3
+    for what in ("owner/missing", "owner/shut is gated", "did not put there", "may not write to owner/small-int8"):
+        assert what in refused.stderr, refused.stderr
     assert not (out / "hubs" / "comparison.json").exists()
 
 
-def test_the_plan_reads_headers_only(hub_server: HubServer, manifest: Path, tmp_path: Path) -> None:
+def test_the_plan_reads_headers_only_and_tells_the_licence(
+    hub_server: HubServer, manifest: Path, tmp_path: Path
+) -> None:
+    place = hub_server.repos["models", "owner/small"]
+    place.commit(place.commits[place.head] | {"README.md": b"---\nlicense: apache-2.0\n---\n"})
+    place.gated = True
     planned = hubmill(hub_server, "plan", manifest, "--out", tmp_path / "out", "--json")
     assert planned.returncode == 0, planned.stderr
     jobs = {job["job"]: job for job in json.loads(planned.stdout)["jobs"]}
     assert jobs["small/q8-0"]["exact"]
     assert {tensor["type"] for tensor in jobs["small/q8-0"]["tensors"]} == {"Q8_0", "F32"}
     assert all(entry.range for entry in hub_server.requests("GET", r"\.safetensors$"))
+    (model,) = json.loads(planned.stdout)["models"]
+    assert (model["commit"], model["licence"]) == (hub_server.repos["models", "owner/small"].head, "apache-2.0")
+    assert "who loads an artifact accepts no terms" in model["notes"][0], "it is gated"
 
 
 DATA_SETS = """

@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 from converter.compare import wording
@@ -174,14 +175,26 @@ def _introduction(
         f"**{wording.bytes_text(row['size_bytes'])}**, {bits} bits per weight, {smaller}.",
         "",
     ]
+    if gap := _licence_gap(inherited, problem):
+        lines += [plain(gap), ""]
+    return "\n".join(lines)
+
+
+def stated_licence(folder: Path) -> tuple[str, str]:
+    """The licence that the card in a model's folder states, and, where none is to be had, why in a sentence."""
+    inherited, problem = read_front_matter(folder)
+    return ", ".join(_identifiers(inherited.get("license"))), _licence_gap(inherited, problem)
+
+
+def _licence_gap(inherited: Mapping[str, Node], problem: str) -> str:
     named = _words(inherited.get("license"))
     if problem:
-        lines += [f"The front matter of the original's card could not be read: {plain(problem)}", ""]
-    elif not named:
-        lines += ["The original's card names no licence.", ""]
-    elif not _identifiers(inherited.get("license")):
-        lines += [f"The original's card names its licence as “{plain(named[0])}”, which is no identifier.", ""]
-    return "\n".join(lines)
+        return f"The front matter of the original's card could not be read: {problem}"
+    if not named:
+        return "The original's card names no licence."
+    if not _identifiers(inherited.get("license")):
+        return f"The original's card names its licence as “{named[0]}”, which is no identifier."
+    return ""
 
 
 def _figures(row: Mapping[str, Any], evaluation: Evaluation | None) -> str:
