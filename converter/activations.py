@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -22,20 +24,56 @@ def quantize_inputs(hidden: Tensor, activations: Activations) -> Tensor:
 
     Integers: -2^(b-1) to 2^(b-1)-1 with scale = max|x| / ((2^b - 1) / 2), so 127.5 at 8 bits. FP8: scale = max|x| /
     448. NVFP4: groups of 16 whose fp8 scales are in units of activations.largest / (6 * 448). MX: a power of two for
-    32. Zeros stay zeros. A group size that does not divide I leaves a shorter last group.
+    32. Zeros stay zeros. A group size that does not divide I leaves a shorter last group. A static range has one scale
+    and, where it is not symmetric, one zero point (see `fixed_scale`).
     Source: compressed-tensors 0.20, quantization/utils/helpers.py (calculate_qparams), utils/mxfp_utils.py.
     """
+    if activations.static and activations.scale == "float":
+        scale, zero = fixed_scale(activations)
+        return (_nearest(hidden / scale + zero, activations) - zero) * scale
     columns = hidden.shape[-1]
     size = activations.group_size or columns
     padded = torch.nn.functional.pad(hidden, (0, -columns % size))
     grouped = padded.reshape(*hidden.shape[:-1], -1, size)
     range_G1 = grouped.abs().amax(-1, keepdim=True)
-    if activations.static and activations.scale == "float":
-        range_G1 = torch.full_like(range_G1, activations.largest)
     scale_G1 = _scale(range_G1, activations)
     scale_G1 = torch.where(scale_G1 == 0, torch.finfo(scale_G1.dtype).eps, scale_G1)
     rounded = _nearest(grouped / scale_G1, activations) * scale_G1
     return rounded.reshape(*hidden.shape[:-1], -1)[..., :columns]
+
+
+def fixed_scale(activations: Activations) -> tuple[float, int]:
+    """The scale of a static range of integers or fp8, and its zero point; codes mean (code - zero point) * scale.
+
+    Both are f32's: what a file holds is what is computed with. A range without extent has the smallest scale.
+    """
+    low, high = -(1 << (activations.bits - 1)), (1 << (activations.bits - 1)) - 1
+    extent = torch.tensor(activations.largest if activations.symmetric else activations.largest - activations.lowest)
+    scale = _scale(extent, activations) if activations.symmetric else extent / (high - low)
+    scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+    if activations.symmetric:
+        return float(scale), 0
+    return float(scale), int((low - activations.lowest / scale).round().clamp(low, high))
+
+
+def fixed_range(activations: Activations, scale: float, zero_point: int = 0) -> Activations:
+    """`activations` with the range that this scale and zero point, read from a file, give them."""
+    if activations.values != "int":
+        return replace(activations, lowest=-FP8_MAX * scale, largest=FP8_MAX * scale)
+    half = 1 << (activations.bits - 1)
+    if activations.symmetric:
+        return replace(activations, lowest=-(half - 0.5) * scale, largest=(half - 0.5) * scale)
+    return replace(activations, lowest=(-half - zero_point) * scale, largest=(half - 1 - zero_point) * scale)
+
+
+def fixed_levels(activations: Activations) -> Tensor:
+    """What a static range of integers or fp8 can hold: f64, rising."""
+    scale, zero = fixed_scale(activations)
+    if activations.values == "int":
+        half = 1 << (activations.bits - 1)
+        return (torch.arange(-half, half, dtype=torch.float64) - zero) * scale
+    codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).double()
+    return codes[codes.isfinite()].unique() * scale  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _scale(range_G1: Tensor, activations: Activations) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from converter.blocks import Decoder
 from converter.errors import NumericsError
 from converter.schemes import Activations
-from converter.stats import Collector, TapStats
+from converter.stats import Collector, Counted, TapStats
 
 # Sequences of a chain that run after as many of the original, whose taps' rows are kept for so long. A GPU loads the
 # block's weights anew for each such piece.
@@ -51,14 +51,16 @@ def calibrate_block(
     hidden: Tensor,
     gram_for: Set[str] = frozenset(),
     skip_bad_rows: bool = False,
+    counted_for: Mapping[str, Counted] | None = None,
 ) -> CalibratedBlock:
     """Run block b over `hidden` [N, T, D] and gather the statistics of its taps; gram for the taps in `gram_for`.
 
-    tensors: the block's, by checkpoint name relative to it. Sequences are added in order, so the result is the same
-    on any number of workers. A sequence with a value that is not finite in any tap is left out of all taps when
-    skip_bad_rows is set; otherwise NumericsError tells the first tap and how many sequences.
+    tensors: the block's, by checkpoint name relative to it. counted_for: taps that get a histogram, and of what.
+    Sequences are added in order, so the result is the same on any number of workers. A sequence with a value that is
+    not finite in any tap is left out of all taps when skip_bad_rows is set; otherwise NumericsError tells the first tap
+    and how many sequences.
     """
-    found = _Found(decoder, gram_for)
+    found = _Found(decoder, gram_for, counted_for=counted_for)
     behind = decoder.run_block(b, tensors, hidden, found.add)
     for n, one in enumerate(behind):
         found.check(n, one)
@@ -76,6 +78,7 @@ def calibrate_chain(
     drift_for: Set[str] = frozenset(),
     skip_bad_rows: bool = False,
     stage: Stage | None = None,
+    counted_for: Mapping[str, Counted] | None = None,
 ) -> tuple[Mapping[str, TapStats], int]:
     """The statistics of block b's taps on the hidden state `chain` [N, T, D] of a target, and how many were skipped.
 
@@ -84,7 +87,7 @@ def calibrate_chain(
     sees other tokens in one than in the other and cannot be among them. stage: what differs for the chain, where some
     linears of the block are quantized already. Otherwise as calibrate_block.
     """
-    found = _Found(decoder, gram_for, drift_for)
+    found = _Found(decoder, gram_for, drift_for, counted_for)
     own, activations, taps = (stage.tensors, stage.activations, stage.taps) if stage else (tensors, {}, None)
     for start in range(0, len(chain), PAIRS):
         piece, first = slice(start, start + PAIRS), dict[int, Mapping[str, Tensor]]()
@@ -110,10 +113,16 @@ def calibrate_chain(
 class _Found:
     """What the taps of a block saw so far, and by sequence where it was not finite; such a sequence is left out."""
 
-    def __init__(self, decoder: Decoder, gram_for: Set[str], drift_for: Set[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        gram_for: Set[str],
+        drift_for: Set[str] = frozenset(),
+        counted_for: Mapping[str, Counted] | None = None,
+    ) -> None:
         self.bad: dict[int, str] = {}
         self._workers = decoder.workers
-        self._gram_for, self._drift_for = gram_for, drift_for
+        self._gram_for, self._drift_for, self._counted_for = gram_for, drift_for, counted_for or {}
         self._collectors: dict[str, Collector] = {}
 
     def add(self, n: int, seen: Mapping[str, Tensor], original: Mapping[str, Tensor] | None = None) -> None:
@@ -129,6 +138,7 @@ class _Found:
                     columns=rows.shape[-1],
                     gram=tap in self._gram_for,
                     drift=tap in self._drift_for,
+                    counted=self._counted_for.get(tap),
                     device=rows.device,
                 )
             steps += self._collectors[tap].steps(rows, original[tap] if original and tap in self._drift_for else None)

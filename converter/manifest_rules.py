@@ -71,6 +71,7 @@ def check_target(target: Target) -> Iterator[Finding]:
     yield from _check_stores(target)
     yield from _check_methods(target)
     yield from _check_grid(target)
+    yield from _check_inputs(target)
     yield from _check_gguf(target)
     yield from _check_rules(target)
 
@@ -166,6 +167,20 @@ def _check_grid(target: Target) -> Iterator[Finding]:
                 what = f"scheme {target.scheme} is {'symmetric' if scheme.symmetric else 'asymmetric'}"
                 remedy = f"Write scheme: {name}, and remove symmetric"
                 yield Finding(at=("symmetric",), needs=("format", "scheme"), what=what, remedy=remedy)
+
+
+def _check_inputs(target: Target) -> Iterator[Finding]:
+    if target.activation_observer is None:
+        return
+    static = target.static_inputs
+    if not static:
+        what = "activation_observer has no effect where no scheme fixes the range of inputs beforehand"
+        remedy = "Remove it, or choose a scheme that does: FP8, W8A8_STATIC, W8A8_STATIC_ASYM, NVFP4"
+        yield Finding(at=("activation_observer",), needs=("format", "scheme", "rules"), what=what, remedy=remedy)
+    elif target.activation_observer in ("kl", "mse") and any(one.scale == "fp8" for one in static):
+        what = f"activation_observer {target.activation_observer} weighs codes of one scale, and NVFP4 has one a group"
+        remedy = "Write minmax or percentile"
+        yield Finding(at=("activation_observer",), needs=("scheme", "rules"), what=what, remedy=remedy)
 
 
 def _check_gguf(target: Target) -> Iterator[Finding]:

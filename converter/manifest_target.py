@@ -26,6 +26,7 @@ from converter.schemes import (
     SEARCHES,
     STORES,
     TRANSFORMS,
+    Activations,
     Granularity,
     Observer,
 )
@@ -157,6 +158,14 @@ class Target(
         BeforeValidator(scalars.one_of(get_args(Observer))),
         Field(description="How the range of a grid is found."),
     ] = "mse"
+    activation_observer: Annotated[
+        Observer | None,
+        BeforeValidator(scalars.optional(scalars.one_of(get_args(Observer)))),
+        Field(
+            description="How the range of inputs is found that a scheme fixes beforehand; mse for integers and minmax "
+            "for floats when left out."
+        ),
+    ] = None
     imatrix: Annotated[
         bool | str,
         BeforeValidator(scalars.switch_or_path),
@@ -245,9 +254,25 @@ class Target(
     @property
     def fixes_inputs(self) -> bool:
         """Whether calibration fixes how inputs are quantized."""
+        return bool(self.static_inputs)
+
+    @property
+    def static_inputs(self) -> list[Activations]:
+        """How inputs are quantized by those of its schemes that fix their range beforehand."""
         schemes = SCHEMES.get(self.format, {})
         asked = [schemes[name] for name in (self.scheme, *(rule.type for rule in self.rules)) if name in schemes]
-        return any(scheme.activations is not None and scheme.activations.static for scheme in asked)
+        return [scheme.activations for scheme in asked if scheme.activations and scheme.activations.static]
+
+    @property
+    def input_observer(self) -> Observer:
+        """How the range of inputs is found; minmax doubles the divergence of integers (measured)."""
+        integers = all(one.values == "int" for one in self.static_inputs)
+        return self.activation_observer or ("mse" if integers else "minmax")
+
+    @property
+    def counts_inputs(self) -> bool:
+        """Whether that takes more of calibration than the smallest and the largest input."""
+        return self.fixes_inputs and self.input_observer != "minmax"
 
     @property
     def has_chain(self) -> bool:
@@ -281,6 +306,7 @@ class Target(
             "group_size": group_size if granularity == "group" else None,
             "symmetric": scheme.symmetric if self.symmetric is None else self.symmetric,
             "imatrix": self.imatrix or "awq" in self.methods,
+            "activation_observer": self.input_observer if self.fixes_inputs else None,
         }
         changed = {name: value for name, value in filled.items() if getattr(self, name) != value}
         return self.model_copy(update=changed) if changed else self

@@ -20,8 +20,9 @@ Values = Literal["int", "e4m3", "e5m2", "nvfp4", "mxfp4", "mxfp8", "nf4", "fp4"]
 class Activations:
     """How a server quantizes what a linear reads: codes, and a scale for so many columns of a token (None: for all).
 
-    scale: as it is, rounded to fp8 or to a power of two. static: calibration fixes the scale (of NVFP4: the unit of the
-    scales) by `largest`, the largest magnitude it saw; otherwise each token has its own.
+    scale: as it is, rounded to fp8 or to a power of two. static: calibration fixes the range, `lowest` to `largest`,
+    that the codes cover (of NVFP4: the unit of the scales, by `largest`); otherwise each token has its own. Where it is
+    symmetric, `lowest` is -`largest`; otherwise there is a zero point, which static integers alone have.
     """
 
     values: Literal["int", "e4m3", "e2m1"]
@@ -29,12 +30,15 @@ class Activations:
     group_size: int | None = None
     scale: Literal["float", "fp8", "power of two"] = "float"
     static: bool = False
+    symmetric: bool = True
+    lowest: float = 0.0
     largest: float = 0.0
 
     @property
     def name(self) -> str:
         """In words that a plan or a report can show, such as "int8 per token"."""
         what = f"int{self.bits}" if self.values == "int" else self.values
+        what += "" if self.symmetric else " asym"
         each = "tensor" if self.static and not self.group_size else "token"
         return f"{what} per {self.group_size} columns" if self.group_size else f"{what} per {each}"
 
@@ -91,6 +95,8 @@ COMPRESSED_TENSORS_SCHEMES = {
     **INTEGERS,
     **ASYMMETRIC,
     "W8A8": Scheme(bits=8, activations=TOKEN_INT8),
+    "W8A8_STATIC": Scheme(bits=8, activations=replace(TOKEN_INT8, static=True)),
+    "W8A8_STATIC_ASYM": Scheme(bits=8, activations=replace(TOKEN_INT8, static=True, symmetric=False)),
     "W4A8": Scheme(bits=4, group_size=128, activations=TOKEN_INT8),
     "FP8": Scheme(bits=8, values="e4m3", tensor=True, activations=replace(TOKEN_FP8, static=True)),
     "FP8_DYNAMIC": Scheme(bits=8, values="e4m3", activations=TOKEN_FP8),

@@ -1,25 +1,31 @@
 """What calibration remembers of a tap: sums over every row that passed through it, never the rows themselves.
 
 The sums serve every method at once: RTN and imatrix read `sum_squares`, AWQ `abs_sum`, SmoothQuant `abs_max`, static
-activation scales `minimum` and `maximum`, GPTQ `gram`; of a target's own chain `drift` tells how far its rows are from
-the original's. They add up, so rows can be sharded, and they follow a column scale, so a fold needs no second forward.
-The alternative, keeping the rows, is needed only by gradient methods and costs sequences x length x columns per tap.
+activation scales `minimum`, `maximum` and `histogram`, GPTQ `gram`; of a target's own chain `drift` tells how far its
+rows are from the original's. They add up, so rows can be sharded, and they follow a column scale, so a fold needs no
+second forward. The alternative, keeping the rows, is needed only by gradient methods and costs sequences x length x
+columns per tap.
 """
 
 # N rows (tokens), I columns (input features of the tap's linears)
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from converter import histogram
 from converter.errors import NumericsError
 
 # Columns per accumulation step. It fixes the shapes of the matrix products, hence the bits of the result, so it must
 # not follow the number of workers. Only the part right of each stripe's left edge is computed: half the work.
 STRIPE_COLUMNS = 512
+# What takes far more room than all the rest, and is left in its file by who does not need it.
+LARGE = ("gram", "drift", "histogram")
+Counted = Literal["tap", "column"]  # what a histogram is of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +35,8 @@ class TapStats:
     sum_squares, abs_sum [I] f64; abs_max, minimum, maximum [I] f32; gram [I, I] f32 is the sum of x x^T, None when it
     was not asked for. diag(gram) equals sum_squares to f32 rounding. drift [I, I] f32 is the sum of (o - x) x^T, the
     original having the row o for x; None when it was not asked for. The sum of o x^T is gram + drift, but rows that are
-    alike make a drift of zeros, where two large sums would leave their rounding.
+    alike make a drift of zeros, where two large sums would leave their rounding. histogram i64 [1, B], or [I, B] where
+    each column is counted apart: how many values each bin of converter.histogram holds; None when it was not asked for.
     Raises NumericsError when any of it is not finite.
     """
 
@@ -41,6 +48,7 @@ class TapStats:
     maximum: Tensor
     gram: Tensor | None = None
     drift: Tensor | None = None
+    histogram: Tensor | None = None
 
     def __post_init__(self) -> None:
         columns = len(self.sum_squares)
@@ -68,15 +76,17 @@ class TapStats:
             abs_max=torch.maximum(self.abs_max, other.abs_max),
             minimum=torch.minimum(self.minimum, other.minimum),
             maximum=torch.maximum(self.maximum, other.maximum),
-            gram=None if self.gram is None or other.gram is None else self.gram + other.gram,
-            drift=None if self.drift is None or other.drift is None else self.drift + other.drift,
+            gram=_sum(self.gram, other.gram),
+            drift=_sum(self.drift, other.drift),
+            histogram=_sum(self.histogram, other.histogram),
         )
 
     def scaled(self, column_scale: Tensor) -> TapStats:
         """The statistics of x / column_scale: what a tap sees once a norm absorbed 1 / column_scale.
 
         column_scale [I], positive. With D = diag(column_scale): gram' = D^-1 gram D^-1, and drift' likewise, since the
-        original's rows go through the same norm.
+        original's rows go through the same norm. A histogram of the whole tap cannot follow and is None afterwards; one
+        of each column follows to within a bin, see histogram.divided.
         """
         assert bool((column_scale > 0).all()), "a fold divides by positive column scales"
         wide, narrow = column_scale.double(), column_scale.float()
@@ -89,7 +99,13 @@ class TapStats:
             maximum=self.maximum / narrow,
             gram=None if self.gram is None else (self.gram / narrow[:, None]).div_(narrow),
             drift=None if self.drift is None else (self.drift / narrow[:, None]).div_(narrow),
+            histogram=self._divided_histogram(column_scale),
         )
+
+    def _divided_histogram(self, column_scale: Tensor) -> Tensor | None:
+        if self.histogram is None or bool((column_scale == 1).all()):
+            return self.histogram
+        return histogram.divided(self.histogram, column_scale) if len(self.histogram) == len(column_scale) else None
 
     def to_tensors(self) -> dict[str, Tensor]:
         """These statistics as named tensors for a file; of the symmetric gram only the upper triangle, row by row."""
@@ -105,6 +121,8 @@ class TapStats:
             tensors["gram_upper"] = _upper_triangle(self.gram)
         if self.drift is not None:
             tensors["drift"] = self.drift
+        if self.histogram is not None:
+            tensors["histogram"] = self.histogram
         return tensors
 
 
@@ -119,6 +137,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> TapStats:
         maximum=tensors["maximum"],
         gram=_from_upper_triangle(tensors["gram_upper"], len(tensors["abs_max"])) if "gram_upper" in tensors else None,
         drift=tensors.get("drift"),
+        histogram=tensors.get("histogram"),
     )
 
 
@@ -127,22 +146,22 @@ def pack(stats: Mapping[str, TapStats]) -> dict[str, Tensor]:
     return {f"{tap}/{field}": tensor for tap, one in stats.items() for field, tensor in one.to_tensors().items()}
 
 
-def unpack(tensors: Mapping[str, Tensor], gram: bool = True) -> dict[str, TapStats]:
+def unpack(tensors: Mapping[str, Tensor], large: Collection[str] = LARGE) -> dict[str, TapStats]:
     """What `pack` packed, by tap name; a mapping that reads lazily is read one tap after another.
 
-    gram: False leaves the matrices, which take far more than all the rest, where they are.
+    large: which of LARGE to take along; the others stay where they are.
     """
     taps: dict[str, dict[str, str]] = {}
     for name in tensors:
         tap, _, field = name.rpartition("/")
-        if gram or field not in ("gram_upper", "drift"):
+        if (one := field.removesuffix("_upper")) not in LARGE or one in large:
             taps.setdefault(tap, {})[field] = name
     return {tap: from_tensors({field: tensors[name] for field, name in names.items()}) for tap, names in taps.items()}
 
 
-def observe(hidden: Tensor, gram: bool) -> TapStats:
-    """The statistics of the rows of hidden [N, I]; with `gram` also the sum of x x^T."""
-    collector = Collector(columns=hidden.shape[-1], gram=gram, device=hidden.device)
+def observe(hidden: Tensor, gram: bool, counted: Counted | None = None) -> TapStats:
+    """The statistics of the rows of hidden [N, I]; with `gram` also the sum of x x^T, counted: a histogram of what."""
+    collector = Collector(columns=hidden.shape[-1], gram=gram, device=hidden.device, counted=counted)
     for step in collector.steps(hidden):
         step()
     return collector.stats()
@@ -151,7 +170,14 @@ def observe(hidden: Tensor, gram: bool) -> TapStats:
 class Collector:
     """Adds rows to one set of buffers in place: memory stays that of one TapStats however many rows come."""
 
-    def __init__(self, columns: int, gram: bool, device: torch.device | str = "cpu", drift: bool = False) -> None:
+    def __init__(
+        self,
+        columns: int,
+        gram: bool,
+        device: torch.device | str = "cpu",
+        drift: bool = False,
+        counted: Counted | None = None,
+    ) -> None:
         self.rows = 0
         self.sum_squares = torch.zeros(columns, dtype=torch.float64, device=device)
         self.abs_sum = torch.zeros(columns, dtype=torch.float64, device=device)
@@ -159,6 +185,10 @@ class Collector:
         self.maximum = torch.full((columns,), -torch.inf, device=device)
         self.gram = torch.zeros(columns, columns, device=device) if gram else None
         self.drift = torch.zeros(columns, columns, device=device) if drift else None
+        # A row for each column, or for each stripe, so that no two steps add to the same counts.
+        counted_rows = columns if counted == "column" else -(-columns // STRIPE_COLUMNS) if counted else 0
+        self.counts = torch.zeros(counted_rows, histogram.BINS, dtype=torch.int64, device=device)
+        self._counted = counted
 
     def steps(self, hidden: Tensor, original: Tensor | None = None) -> list[Callable[[], None]]:
         """The additions of hidden [N, I] as calls that touch disjoint columns: run all, in any order or at once.
@@ -189,7 +219,13 @@ class Collector:
             maximum=self.maximum,
             gram=self.gram,
             drift=self.drift,
+            histogram=self._histogram(),
         )
+
+    def _histogram(self) -> Tensor | None:
+        if self._counted is None:
+            return None
+        return self.counts if self._counted == "column" else self.counts.sum(0, keepdim=True)
 
     def _add_stripe(self, hidden: Tensor, away: Tensor | None, start: int) -> None:
         stop = min(start + STRIPE_COLUMNS, hidden.shape[-1])
@@ -204,6 +240,17 @@ class Collector:
             self.gram[start:stop, start:].addmm_(stripe.T, hidden[:, start:])
         if self.drift is not None and away is not None:
             self.drift[start:stop].addmm_(away[:, start:stop].T, hidden)
+        if self._counted is not None:
+            apart = self._counted == "column"
+            rows = slice(start, stop) if apart else slice(start // STRIPE_COLUMNS, start // STRIPE_COLUMNS + 1)
+            self.counts[rows] += histogram.counts(stripe, apart)
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return None
+    assert first.shape == second.shape, (first.shape, second.shape)
+    return first + second
 
 
 def _mirror(gram: Tensor) -> None:

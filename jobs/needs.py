@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from converter.calibrate import PAIRS
 from converter.compare.metrics import WINDOW
+from converter.histogram import BINS
 from converter.manifest import Target
 from converter.methods.tables import NEEDS
+from converter.stats import STRIPE_COLUMNS, Counted
 from jobs.task import Task
 from jobs.work import Model, PlannedJob, Texts
 
@@ -42,33 +44,40 @@ def embedding_shape(model: Model) -> tuple[int, ...]:
     return model.snapshot.tensors[f"{model.architecture.embedding}.weight"].shape
 
 
-def calibrate_bytes(model: Model, texts: Texts, block: int, grams: bool) -> int:
+def calibrate_bytes(model: Model, texts: Texts, block: int, grams: bool, counted: Mapping[str, Counted]) -> int:
     assert model.architecture is not None
     hidden = hidden_bytes(model, texts.calibration.sequences * texts.calibration.length)
     total = WORKER_BYTES + block_bytes(model, block) + 2 * hidden + (block_bytes(model, None) if block == 0 else 0)
     if grams:
-        total += 2 * F32_BYTES * sum(width * width for width in _tap_widths(model, block))
-    return total
+        total += 2 * F32_BYTES * sum(width * width for width in _tap_widths(model, block).values())
+    return total + _counts_bytes(model, block, counted)
 
 
-def propagate_bytes(model: Model, texts: Texts, block: int, grams: bool) -> int:
+def propagate_bytes(model: Model, texts: Texts, block: int, grams: bool, counted: Mapping[str, Counted]) -> int:
     """Memory of a chain's step: the block in front or the block itself, and hidden states of both beside each other."""
     hidden = hidden_bytes(model, texts.calibration.sequences * texts.calibration.length)
     before = block_bytes(model, block - 1 if block else None)
     total = WORKER_BYTES + before + block_bytes(model, block) + CHAINED * hidden + _rows_bytes(model, texts, block)
     if grams:  # the Gram matrix, as it is packed, and the drift
-        total += 3 * F32_BYTES * sum(width * width for width in _tap_widths(model, block))
-    return total
+        total += 3 * F32_BYTES * sum(width * width for width in _tap_widths(model, block).values())
+    return total + _counts_bytes(model, block, counted)
 
 
-def _tap_widths(model: Model, block: int) -> list[int]:
-    """The number of columns of each tap of a block."""
+def _counts_bytes(model: Model, block: int, counted: Mapping[str, Counted]) -> int:
+    """What histograms of a block's taps take: a row of counts a column, or a stripe of columns at most."""
+    widths = {tap: width for tap, width in _tap_widths(model, block).items() if tap in counted}
+    rows = (width if counted[tap] == "column" else -(-width // STRIPE_COLUMNS) for tap, width in widths.items())
+    return SUM_BYTES * BINS * sum(rows)
+
+
+def _tap_widths(model: Model, block: int) -> dict[str, int]:
+    """The number of columns of each tap of a block, by its name."""
     assert model.architecture is not None
     widths: dict[str, int] = {}
     for header in model.headers.get(block, ()):
         if tap := model.architecture.tap_of(header.name):
             widths[tap.name] = header.shape[-1]
-    return list(widths.values())
+    return widths
 
 
 def evaluate_bytes(model: Model, texts: Texts) -> int:
@@ -112,13 +121,13 @@ def stages_bytes(job: PlannedJob, texts: Texts, block: int) -> int:
     """Memory of rounding a chain's block in stages, which runs it, too: as it was, as it is so far, and both chains."""
     hidden = hidden_bytes(job.model, texts.calibration.sequences * texts.calibration.length)
     running = 3 * block_bytes(job.model, block) + 2 * hidden + _rows_bytes(job.model, texts, block)
-    drifts = 2 * F32_BYTES * sum(width * width for width in _tap_widths(job.model, block))
+    drifts = 2 * F32_BYTES * sum(width * width for width in _tap_widths(job.model, block).values())
     return quantize_bytes(job, block, gram=True) + running + drifts
 
 
 def _rows_bytes(model: Model, texts: Texts, block: int) -> int:
     """What the taps of a block read of the sequences of the original that run at a time beside a chain."""
-    return 2 * F32_BYTES * PAIRS * texts.calibration.length * sum(_tap_widths(model, block))
+    return 2 * F32_BYTES * PAIRS * texts.calibration.length * sum(_tap_widths(model, block).values())
 
 
 def chain_forwards(job: PlannedJob) -> int:
@@ -129,19 +138,21 @@ def chain_forwards(job: PlannedJob) -> int:
     return 3 + (2 * (len(stages) - 1) if NEEDS[rounder](job.target.collects_imatrix).drift else 0)
 
 
-def calibrate_disk(model: Model, texts: Texts, block: int, grams: bool) -> int:
+def calibrate_disk(model: Model, texts: Texts, block: int, grams: bool, counted: Mapping[str, Counted]) -> int:
     """Disk of a block's statistics, of the sums of all blocks up to it, and of the rows behind it."""
     rows = hidden_bytes(model, texts.calibration.sequences * texts.calibration.length)
-    widths = _tap_widths(model, block)
+    widths = list(_tap_widths(model, block).values())
     sums = (block + 1) * SUM_BYTES * sum(widths)
-    return rows + sums + (sum(width * width for width in widths) * F32_BYTES if grams else 0)
+    matrices = sum(width * width for width in widths) * F32_BYTES if grams else 0
+    return rows + sums + matrices + _counts_bytes(model, block, counted)
 
 
-def propagate_disk(model: Model, texts: Texts, block: int, grams: bool) -> int:
+def propagate_disk(model: Model, texts: Texts, block: int, grams: bool, counted: Mapping[str, Counted]) -> int:
     """Disk of a chain's rows in front of a block, and of the block's statistics with a drift for each Gram matrix."""
     rows = hidden_bytes(model, texts.calibration.sequences * texts.calibration.length)
-    widths = _tap_widths(model, block)
-    return rows + (sum(2 * width * width for width in widths) * F32_BYTES if grams else 0)
+    widths = _tap_widths(model, block).values()
+    matrices = sum(2 * width * width for width in widths) * F32_BYTES if grams else 0
+    return rows + matrices + _counts_bytes(model, block, counted)
 
 
 def reference_disk(model: Model, texts: Texts) -> int:

@@ -17,10 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from converter.architecture import Architecture
 from converter.hub_calls import TOGETHER
 from converter.manifest import Calibration, Evaluation, Manifest, Target
 from converter.methods import Needs
-from converter.methods.tables import NEEDS
+from converter.methods.tables import NEEDS, folds
+from converter.stats import Counted
 from jobs import needs
 from jobs.task import Graph, Resources, Task
 from jobs.work import PlannedJob, Texts, Work
@@ -116,6 +118,7 @@ def _calibrate_tasks(jobs: Sequence[PlannedJob], work: Work, fetch: Task, cpus: 
     if architecture is None or not model.runs or not (chained or any(need.sums or need.gram for need in asked)):
         return
     grams = tuple(tap.name for tap in architecture.taps) if any(need.gram for need in asked) else ()
+    counted = _counted([job for job in jobs if not job.target.has_chain], architecture)
     before = fetch
     for block in range(model.blocks):
         spec = {
@@ -123,6 +126,7 @@ def _calibrate_tasks(jobs: Sequence[PlannedJob], work: Work, fetch: Task, cpus: 
             "sha256": work.texts.calibration_sha256,
             "taps": {tap.name: list(tap.linears) for tap in architecture.taps},
             "gram": list(grams),
+            "counted": counted,
             "block": block,
             "device": work.device,
         }
@@ -131,13 +135,13 @@ def _calibrate_tasks(jobs: Sequence[PlannedJob], work: Work, fetch: Task, cpus: 
             subject=model.name,
             block=block,
             spec=spec,
-            work=replace(work, gram_taps=grams, calibrated=before.key if block else ""),
+            work=replace(work, gram_taps=grams, counted=counted, calibrated=before.key if block else ""),
             reads=(before.key,),
             resources=Resources(
                 cpus=max(1, cpus // 2),
                 gpus=_gpus(work),
-                memory_bytes=needs.calibrate_bytes(model, work.texts, block, bool(grams)),
-                disk_bytes=needs.calibrate_disk(model, work.texts, block, bool(grams)),
+                memory_bytes=needs.calibrate_bytes(model, work.texts, block, bool(grams), counted),
+                disk_bytes=needs.calibrate_disk(model, work.texts, block, bool(grams), counted),
             ),
             temporary=True,
         )
@@ -162,6 +166,7 @@ def _propagate_task(
     # What routing decides on sees other tokens in the chain than in the original: no row has its like.
     matched = [tap.name for tap in architecture.taps if not architecture.is_routed(tap)]
     drifts = tuple(matched) if any(need.drift for need in needs_of) else ()
+    counted = _counted([job], architecture)
     calibrated, chained = (calibrations[block - 1].key, chain[-1].key) if block else ("", "")
     parts = {task.key: tuple(t.name for t in task.work.tensors) for task in quantized if isinstance(task.work, Work)}
     spec = {
@@ -170,6 +175,7 @@ def _propagate_task(
         "taps": {tap.name: list(tap.linears) for tap in architecture.taps},
         "gram": list(grams),
         "drift": list(drifts),
+        "counted": counted,
         "block": block,
         "device": work.device,
     }
@@ -184,6 +190,7 @@ def _propagate_task(
             artifact=job.artifact,
             gram_taps=grams,
             drift_taps=drifts,
+            counted=counted,
             calibrated=calibrated,
             chained=chained,
             parts=parts,
@@ -192,8 +199,8 @@ def _propagate_task(
         resources=Resources(
             cpus=max(1, cpus // 2),
             gpus=_gpus(work),
-            memory_bytes=needs.propagate_bytes(model, work.texts, block, bool(grams)),
-            disk_bytes=needs.propagate_disk(model, work.texts, block, bool(grams)),
+            memory_bytes=needs.propagate_bytes(model, work.texts, block, bool(grams), counted),
+            disk_bytes=needs.propagate_disk(model, work.texts, block, bool(grams), counted),
         ),
         temporary=True,
     )
@@ -210,7 +217,12 @@ def _quantize_task(
     spec = {
         "tensors": [repr(tensor) for tensor in tensors],
         "methods": list(job.target.methods),
-        "options": [job.target.weighs_columns, job.target.smoothing_strength, job.target.damping],
+        "options": [
+            job.target.weighs_columns,
+            job.target.smoothing_strength,
+            job.target.damping,
+            job.target.input_observer if job.target.fixes_inputs else "",
+        ],
         "imatrix": job.artifact.imatrix_sha256,
         "foldings": repr(job.model.architecture.foldings) if job.model.architecture else "",
     }
@@ -325,6 +337,20 @@ def _needs(target: Target) -> Iterator[Needs]:
     for method in target.methods:
         yield NEEDS[method](target.collects_imatrix)
     yield Needs(sums=target.fixes_inputs)
+
+
+def _counted(jobs: Sequence[PlannedJob], architecture: Architecture) -> dict[str, Counted]:
+    """The taps that these jobs want a histogram of: of each column where one of them moves column scales there."""
+    found: dict[str, Counted] = {}
+    for job in jobs:
+        if not job.target.counts_inputs:
+            continue
+        scaled = {folding.tap for folding in architecture.foldings if folds(job.target.methods, folding)}
+        for tensor in job.artifact.tensors:
+            tap = architecture.tap_of(tensor.source)
+            if tap and tensor.activations and tensor.activations.static and found.get(tap.name) != "column":
+                found[tap.name] = "column" if tap.name in scaled else "tap"
+    return found
 
 
 def _settings(text: Calibration | Evaluation) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def propagate(attempt: Attempt) -> None:
         gram_for=frozenset(work.gram_taps),
         drift_for=frozenset(work.drift_taps),
         skip_bad_rows=skip,
+        counted_for=work.counted,
     )
     if skipped:
         attempt.record["note"] = f"{skipped} of {len(chain)} calibration rows overflowed and were left out"
@@ -109,5 +110,8 @@ def _decoded(
 
 
 def _fixed(activations: Activations, parts: Mapping[str, Tensor]) -> Activations:
-    """The activations with the largest input that the quantize task fixed, where it did."""
-    return replace(activations, largest=float(parts["input_largest"])) if activations.static else activations
+    """The activations with the range that the quantize task fixed, where it did."""
+    if not activations.static:
+        return activations
+    lowest, largest = parts["input_range"].tolist()
+    return replace(activations, lowest=lowest, largest=largest)

@@ -16,7 +16,7 @@ from converter.containers import TensorPlan
 from converter.containers.gguf import coverage
 from converter.containers.gguf.operations import apply_preparation
 from converter.methods import Block, Options
-from converter.methods.ranges import largest_input, share_ranges
+from converter.methods.ranges import fix_inputs, share_ranges
 from converter.methods.tables import NEEDS, ROUNDERS, TRANSFORMS
 from converter.stats import TapStats, unpack
 from jobs import stream
@@ -82,7 +82,8 @@ def _statistics(attempt: Attempt) -> Mapping[str, TapStats]:
         return {}
     assert work.target is not None
     gram = any(NEEDS[method](work.target.collects_imatrix).gram for method in work.target.methods)
-    return unpack(tensor_file.load(attempt.store.output(work.calibrated) / "stats.safetensors"), gram)
+    large = [*(["gram", "drift"] if gram else []), *(["histogram"] if work.target.counts_inputs else [])]
+    return unpack(tensor_file.load(attempt.store.output(work.calibrated) / "stats.safetensors"), large)
 
 
 def _stream(
@@ -130,10 +131,12 @@ def _round_group(
         rounded = round_in_stages(attempt, model, state, shared, options, local)
     else:
         rounded = ROUNDERS[target.methods[-1]](state, shared, options)
+    given = {name: tensor.activations for name, tensor in local.items() if tensor.activations}
+    fixed = fix_inputs(state, given, target.input_observer)
     for name, tensor in local.items():
         parts = dict(rounded.coded[name].parts)
-        if tensor.activations and tensor.activations.static:
-            parts["input_largest"] = largest_input(state, name)
+        if name in fixed:
+            parts["input_range"] = torch.tensor([fixed[name].lowest, fixed[name].largest])
         path = attempt.folder / part_file(tuple(planned), tensor.name)
         tensor_file.save(path, {key: value.contiguous() for key, value in parts.items()})
     notes = {name: "; ".join(said) for name in local if (said := _said(name, state.notes, rounded.notes))}

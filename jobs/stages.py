@@ -21,8 +21,9 @@ from converter.containers import TensorPlan
 from converter.containers.gguf.operations import undo_preparation
 from converter.grids import Coded, Grid
 from converter.methods import Block, Options, Rounded
+from converter.methods.ranges import fix_inputs
 from converter.methods.tables import NEEDS, ROUNDERS
-from converter.schemes import Activations
+from converter.schemes import Activations, Observer
 from converter.stats import pack, unpack
 from jobs.attempt import Attempt, decoder_of, original_of
 from jobs.work import Model
@@ -66,7 +67,7 @@ def round_in_stages(
         if number:
             stage = Stage(
                 tensors=whole | _decoded(coded, planned, model, b),
-                activations=_activations(coded, planned, state),
+                activations=_activations(coded, planned, state, work.target.input_observer),
                 taps=frozenset(taps),
             )
             found, _ = calibrate_chain(
@@ -133,15 +134,12 @@ def _decoded(
     }
 
 
-def _activations(coded: Mapping[str, Coded], planned: Mapping[str, TensorPlan], state: Block) -> dict[str, Activations]:
+def _activations(
+    coded: Mapping[str, Coded], planned: Mapping[str, TensorPlan], state: Block, observer: Observer
+) -> dict[str, Activations]:
     """How the inputs of linears that are rounded by now are quantized, by module; a fixed range is that of state."""
-    found: dict[str, Activations] = {}
-    for name in coded:
-        how, stats = planned[name].activations, state.stats_of(name)
-        if how is not None:
-            largest = float(stats.abs_max.max()) if how.static and stats is not None else how.largest
-            found[name.removesuffix(".weight")] = replace(how, largest=largest)
-    return found
+    given = {name: how for name in coded if (how := planned[name].activations) is not None}
+    return {name.removesuffix(".weight"): how for name, how in (given | fix_inputs(state, given, observer)).items()}
 
 
 def joined(prepare: str, pieces: list[Tensor]) -> Tensor:

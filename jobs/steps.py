@@ -127,6 +127,7 @@ def calibrate(attempt: Attempt) -> None:
         hidden,
         gram_for=frozenset(work.gram_taps),
         skip_bad_rows=work.texts.calibration.skip_bad_rows,
+        counted_for=work.counted,
     )
     if result.skipped:
         attempt.record["note"] = f"{result.skipped} of {len(hidden)} calibration rows overflowed and were left out"

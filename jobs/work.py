@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from converter.architecture import Architecture, block_count
@@ -11,6 +11,7 @@ from converter.containers import ArtifactPlan, TensorPlan
 from converter.manifest import Calibration, Evaluation, Target
 from converter.publish import Destination
 from converter.source import Header, Snapshot
+from converter.stats import Counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,7 @@ class Work:
     tensors: tuple[TensorPlan, ...] = ()
     gram_taps: tuple[str, ...] = ()
     drift_taps: tuple[str, ...] = ()
+    counted: Mapping[str, Counted] = field(default_factory=dict)  # taps that get a histogram, and of what
     imatrix_sha256: str = ""  # of the file that the target names, as it was planned with
     calibrated: str = ""  # the key of the task whose statistics, or hidden state, this step reads
     chained: str = ""  # the key of a propagate task: of the block before to the next, of a block to its quantize task

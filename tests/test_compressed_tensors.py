@@ -27,7 +27,7 @@ from converter.schemes import COMPRESSED_TENSORS_SCHEMES, TOKEN_INT8, Activation
 from converter.source import Snapshot, open_folder
 from tiny_models import round_to_nearest, write_llama, write_state_dict
 
-LARGEST = 6.0  # magnitude of an input, as if calibration had seen it
+LOWEST, LARGEST = -2.0, 6.0  # inputs, as if calibration had seen them
 TOKENS = torch.arange(48).reshape(2, 24)
 
 
@@ -49,7 +49,7 @@ def convert(model: Path, out: Path, target: Target) -> tuple[Snapshot, ArtifactP
     plan = container.plan(snapshot, architecture, target)
     out.mkdir()
     rounded = round_to_nearest(plan, snapshot)
-    parts = lambda name: {**rounded(name), "input_largest": torch.tensor([LARGEST])}  # noqa: E731
+    parts = lambda name: {**rounded(name), "input_range": torch.tensor([LOWEST, LARGEST])}  # noqa: E731
     container.write(plan, snapshot, architecture, target, parts, out)
     return snapshot, plan, container.open(out, architecture)
 
@@ -97,6 +97,8 @@ def round_inputs(hidden: Tensor, how: Activations) -> Tensor:
 # compressed-tensors' name for how a scheme is stored; integers whose inputs keep their precision are "pack-quantized".
 LAYOUTS = {
     "W8A8": "int-quantized",
+    "W8A8_STATIC": "int-quantized",
+    "W8A8_STATIC_ASYM": "int-quantized",
     "FP8": "float-quantized",
     "FP8_DYNAMIC": "float-quantized",
     "FP8_BLOCK": "float-quantized",
@@ -111,7 +113,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("scheme", ["W4A16", "W3A16_ASYM", "W8A8", "FP8", "NVFP4", "MXFP8"])
+@pytest.mark.parametrize("scheme", ["W4A16", "W3A16_ASYM", "W8A8", "W8A8_STATIC_ASYM", "FP8", "NVFP4", "MXFP8"])
 def test_plan_is_exact_to_the_byte(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
     write_llama(tmp_path / "model", dtype)
     _, plan, opened = convert(tmp_path / "model", tmp_path / "out", make_target(scheme))
@@ -148,8 +150,11 @@ def test_config_is_accepted_by_the_format_and_names_its_layout(scheme: str, llam
     declared = opened.activations(name)
     assert (declared is None) == (planned.activations is None)
     if declared and planned.activations:
-        assert replace(declared, largest=0.0) == planned.activations
-        assert declared.largest == pytest.approx(LARGEST if declared.static else 0.0, rel=2**-8)
+        assert replace(declared, lowest=0.0, largest=0.0) == planned.activations
+        # a scale in bf16 is off by 2^-9 of itself, and a zero point is a whole number of the range's 255 steps
+        near = 2**-8 if declared.symmetric else 2**-6
+        assert declared.largest == pytest.approx(LARGEST if declared.static else 0.0, rel=near)
+        assert declared.symmetric or declared.lowest == pytest.approx(LOWEST, rel=near)
 
 
 MICRO = [name for name in LAYOUTS if name.startswith(("MX", "NV"))]  # whose reader computes in BF16 only

@@ -238,6 +238,8 @@ def test_a_rule_may_speak_of_either_name_of_a_tensor() -> None:
 
 # What is refused, where, and with which way out.
 
+NVFP4_BY_KL = "compressed-tensors, scheme: NVFP4, activation_observer: kl"
+
 # (what to replace, with what, what the problem contains)
 # fmt: off
 CASES = [
@@ -289,6 +291,9 @@ CASES = [
     ("scheme: INT8", "scheme: INT8, granularity: grup", "granularity 'grup' is not known. Did you mean 'group'?"),
     ("scheme: INT8", "scheme: INT8, granularity: group", "scheme INT8 has no group size of its own. Add group_size"),
     ("scheme: INT8", "scheme: INT8, granularity: tensor, group_size: 8", "group_size is given, but granularity is ten"),
+    ("scheme: INT8", "scheme: INT8, activation_observer: mse", "'int8': activation_observer has no effect where no "),
+    ("scheme: INT8", "scheme: INT8, activation_observer: best", "activation_observer 'best' is not known. "),
+    ("parquet, scheme: INT8", NVFP4_BY_KL, "activation_observer kl weighs codes of one scale, and NVFP4 has one a gr"),
     ("scheme: INT8", "scheme: INT8, damping: 0.1", "9:50: target 'int8': damping has no effect without gptq. "),
     ("scheme: INT8", "scheme: INT8, smoothing_strength: 1", "9:61: target 'int8': smoothing_strength has no effect wi"),
     ("scheme: INT8", "scheme: INT8, observer: MinMax", "observer 'MinMax' is not known. Did you mean 'minmax'?"),

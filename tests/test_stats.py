@@ -117,7 +117,7 @@ def test_gram_matrices_can_be_left_where_they_are() -> None:
     packed = pack({"mlp_middle": observe(rows(9, 5), True)})
     expected = packed["mlp_middle/sum_squares"]
     packed["mlp_middle/gram_upper"] = torch.empty(0)  # it would not come back from this
-    back = unpack(packed, gram=False)["mlp_middle"]
+    back = unpack(packed, large=())["mlp_middle"]
     assert back.gram is None and torch.equal(back.sum_squares, expected)
 
 
@@ -206,4 +206,4 @@ def test_a_scaled_drift_is_that_of_the_scaled_rows() -> None:
 def test_a_packed_drift_comes_back_bit_for_bit_or_stays_where_it_is() -> None:
     packed = pack({"tap": with_drift(rows(9, 5), drifted(rows(9, 5)))})
     assert torch.equal(unpack(packed)["tap"].drift, packed["tap/drift"])  # type: ignore[arg-type]
-    assert unpack(packed, gram=False)["tap"].drift is None
+    assert unpack(packed, large=())["tap"].drift is None

@@ -4,7 +4,8 @@ transformers and vLLM read it. What a weight becomes (O out, I in, G groups):
 
     pack-quantized        integers whose inputs keep their precision: weight_packed i32 [O, I b / 32], a stream of bits;
                           weight_scale [O, G]; weight_shape; asymmetric: weight_zero_point i32 [O b / 32, G]
-    int-quantized         W8A8: weight i8, weight_scale [O, 1]; W4A8 has the parts of pack-quantized
+    int-quantized         W8A8: weight i8, weight_scale [O, 1]; a static input_scale [1] and, where inputs are not
+                          symmetric, input_zero_point i8 [1]; W4A8 has the parts of pack-quantized
     float-quantized       fp8: weight, weight_scale [1], [O, 1] or [O / 128, I / 128]; a static input_scale [1]
     nvfp4-pack-quantized  weight_packed u8 [O, I / 2], weight_scale fp8 [O, I / 16], weight_global_scale f32 [1], which
                           scales are divided by; with inputs in fp4 an input_global_scale f32 [1] as well
@@ -27,12 +28,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from converter.activations import FP4_MAX, FP8_MAX
+from converter.activations import FP4_MAX, FP8_MAX, fixed_scale
 from converter.architecture import Architecture
 from converter.containers import ArtifactPlan, TensorPlan
 from converter.containers.packing import pack_words
@@ -121,7 +123,12 @@ class CompressedTensors(SafetensorsModel):
             shape=(1,) if grid.granularity == "tensor" else (out, groups),
         )
         if is_plain_int8(grid.bits, tensor.activations):
-            return Entry(name=tensor.name, dtype="I8", shape=tensor.shape), scale
+            found = [Entry(name=tensor.name, dtype="I8", shape=tensor.shape), scale]
+            if _is_static(tensor):
+                found.append(Entry(name=f"{module}.input_scale", dtype=grid.scale_dtype, shape=(1,)))
+                if tensor.activations and not tensor.activations.symmetric:
+                    found.append(Entry(name=f"{module}.input_zero_point", dtype="I8", shape=(1,)))
+            return tuple(found)
         entries = (
             Entry(name=f"{module}.weight_packed", dtype="I32", shape=(out, columns * grid.bits // 32)),
             scale,
@@ -139,17 +146,15 @@ class CompressedTensors(SafetensorsModel):
                 found = [codes if grid.values == "mxfp8" else pack_fp4(codes), scale]
                 found += [parts["divisor"]] if grid.values == "nvfp4" else []
                 if _is_static(tensor):
-                    found.append(FP4_MAX * FP8_MAX / parts["input_largest"].float().reshape(1))
+                    found.append(FP4_MAX * FP8_MAX / parts["input_range"].float()[1:])
                 return found
             case Fp8Grid():
                 found = [codes, scale.reshape(1) if grid.granularity == "tensor" else scale]
-                if _is_static(tensor):
-                    found.append((parts["input_largest"].float() / FP8_MAX).reshape(1).to(scale.dtype))
-                return found
+                return found + _input_parts(tensor, parts, scale.dtype)
         assert isinstance(grid, AffineGrid)
         scale = scale.reshape(1) if grid.granularity == "tensor" else scale
         if is_plain_int8(grid.bits, tensor.activations):
-            return [codes, scale]
+            return [codes, scale, *_input_parts(tensor, parts, scale.dtype)]
         found = [pack_words(codes, grid.bits), scale, torch.tensor(tensor.shape)]
         if not grid.symmetric:  # packed along the output dimension, one stream for each group
             found.append(pack_words(parts["zero_point"].T, grid.bits).T)
@@ -225,6 +230,20 @@ def _is_static(tensor: TensorPlan) -> bool:
     return tensor.activations is not None and tensor.activations.static
 
 
+def _input_parts(tensor: TensorPlan, parts: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The scale [1] of a static range of inputs, in the type it is stored in, and the zero point that goes with it."""
+    activations = tensor.activations
+    if activations is None or not activations.static:
+        return []
+    lowest, largest = parts["input_range"].tolist()
+    scale = torch.tensor([fixed_scale(replace(activations, lowest=lowest, largest=largest))[0]]).to(dtype)
+    if activations.symmetric:
+        return [scale]
+    low, high = -(1 << (activations.bits - 1)), (1 << (activations.bits - 1)) - 1
+    zero = (low - lowest / scale.float()).round().clamp(low, high)
+    return [scale, zero.to(torch.int8)]
+
+
 def _group_settings(tensor: TensorPlan) -> dict[str, Any]:
     """What a config group says of linears stored like this one, but for their names."""
     grid, activations = tensor.grid, tensor.activations
@@ -255,7 +274,7 @@ def _input_settings(activations: Activations) -> dict[str, Any]:
     found: dict[str, Any] = {
         "num_bits": activations.bits,
         "type": "int" if activations.values == "int" else "float",
-        "symmetric": True,
+        "symmetric": activations.symmetric,
         "strategy": "group" if activations.group_size else "token",
         "group_size": activations.group_size,
         "dynamic": not activations.static,

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from converter.activations import FP4_MAX, FP8_MAX
+from converter.activations import FP4_MAX, FP8_MAX, fixed_range
 from converter.containers.safetensors_file import read_headers, read_tensor
 from converter.errors import SourceError
 from converter.packed.bitsandbytes import state_of
@@ -49,7 +49,8 @@ class OpenedSafetensors:
             header = self.snapshot.tensors[name]
             return header.dtype, header.end - header.start
         module = name.removesuffix("weight")
-        inputs = [module + end for end in ("input_scale", "input_global_scale") if module + end in self.headers]
+        ends = ("input_scale", "input_zero_point", "input_global_scale")
+        inputs = [module + end for end in ends if module + end in self.headers]
         beside = [self.headers[one] for one in inputs]
         return self._title(name), packed.size_bytes + sum(header.end - header.start for header in beside)
 
@@ -69,19 +70,21 @@ class OpenedSafetensors:
         """What a config group says of inputs; a static scale is read from the file."""
         bits, static = int(said["num_bits"]), said["dynamic"] is not True
         scales = {"torch.float8_e4m3fn": "fp8", "torch.uint8": "power of two"}
-        largest = 0.0
-        if static and said["strategy"] == "tensor":
-            largest = FP8_MAX * float(self._load(f"{module}.input_scale").float())
-        elif static:
-            largest = FP4_MAX * FP8_MAX / float(self._load(f"{module}.input_global_scale"))
-        return Activations(
+        found = Activations(
             values="int" if said["type"] == "int" else "e2m1" if bits == 4 else "e4m3",
             bits=bits,
             group_size=said.get("group_size"),
             scale=scales.get(str(said.get("scale_dtype")), "float"),  # type: ignore[arg-type]
             static=static,
-            largest=largest,
+            symmetric=said.get("symmetric", True) is not False,
         )
+        if static and said["strategy"] == "tensor":
+            zero = 0 if found.symmetric else int(self._load(f"{module}.input_zero_point"))
+            return fixed_range(found, float(self._load(f"{module}.input_scale").float()), zero)
+        if static:
+            largest = FP4_MAX * FP8_MAX / float(self._load(f"{module}.input_global_scale"))
+            return replace(found, lowest=-largest, largest=largest)
+        return found
 
     def _load(self, name: str) -> Tensor:
         if name not in self.headers:

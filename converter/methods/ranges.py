@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor
-
 from converter.errors import NumericsError
 from converter.grids import Grid
+from converter.grids.input_observers import input_range
 from converter.grids.micro import MicroGrid
 from converter.methods import Block
+from converter.schemes import Activations, Observer
 
 
 def share_ranges(block: Block, grids: Mapping[str, Grid]) -> Mapping[str, Grid]:
@@ -26,11 +26,28 @@ def share_ranges(block: Block, grids: Mapping[str, Grid]) -> Mapping[str, Grid]:
     return shared
 
 
-def largest_input(block: Block, name: str) -> Tensor:
-    """The largest magnitude f32 [1] that the linear with weight `name` read; raises NumericsError when nothing did."""
-    stats = block.stats_of(name)
-    if stats is None:
-        what = "its inputs are quantized with a fixed scale, and calibration never saw them"
-        remedy = "Take a longer calibration text, or a scheme with scales for each token"
-        raise NumericsError(f"{block.where} {name}", what, remedy)
-    return stats.abs_max.max().reshape(1)
+def fix_inputs(block: Block, given: Mapping[str, Activations], observer: Observer) -> dict[str, Activations]:
+    """The static ones of `given`, by the name of the weight behind, with the range that the linear's inputs have.
+
+    Linears that read one hidden state have one range. Raises NumericsError when nothing reached it, or what the
+    observer reads is not there.
+    """
+    fixed: dict[str, Activations] = {}
+    found: dict[tuple[int, Activations], tuple[float, float]] = {}  # by statistics: a search takes a tenth of a second
+    for name, activations in given.items():
+        if not activations.static:
+            continue
+        stats = block.stats_of(name)
+        if stats is None:
+            what = "its inputs are quantized with a fixed scale, and calibration never saw them"
+            remedy = "Take a longer calibration text, or a scheme with scales for each token"
+            raise NumericsError(f"{block.where} {name}", what, remedy)
+        if observer != "minmax" and stats.histogram is None:
+            what = f"observer {observer} reads a histogram of its inputs, which does not follow the target's transforms"
+            raise NumericsError(f"{block.where} {name}", what, "Write activation_observer: minmax, or leave them out")
+        key = id(stats), activations
+        if key not in found:
+            found[key] = input_range(stats, activations, observer)
+        lowest, largest = found[key]
+        fixed[name] = replace(activations, lowest=lowest, largest=largest)
+    return fixed
