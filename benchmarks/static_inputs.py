@@ -1,4 +1,4 @@
-"""Observers of inputs side by side: every scheme that fixes a range beforehand, as itself and with outliers.
+"""Ranges fixed beforehand, side by side: observers of inputs, as they are and with outliers; keys and values.
 
     python benchmarks/static_inputs.py [--model manifests/quickstart/model] [--columns 4] [--times 40]
 
@@ -35,6 +35,7 @@ SCHEMES = {
     "FP8": ("minmax", "percentile", "kl", "mse"),
     "NVFP4": ("minmax", "percentile"),
 }
+CACHES = ("FP8", "FP8_HEAD", "INT8", "INT8_HEAD")
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
@@ -73,6 +74,9 @@ def main() -> None:
             print(f"| {scheme} | {observer} | {' | '.join(f'{figure:.5f}' for figure in figures)} |")
     dynamic = [rows[model, "w8a8"] for model in ("plain", "outliers")]
     print(f"| W8A8 | a scale for each token | {dynamic[0]:.5f} | {dynamic[1]:.5f} | |")
+    print("\n| kv_cache, with W8A16 | KL mean |\n|---|---:|")
+    for cache in ("as they are", *CACHES):
+        print(f"| {cache} | {rows['plain', f'cache-{cache}'.lower().replace(' ', '-')]:.5f} |")
 
 
 def write_outliers(source: Path, target: Path, count: int, times: float) -> None:
@@ -101,6 +105,9 @@ def run(place: Path) -> dict[tuple[str, str], float]:
             name = f"{scheme}-{observer}".lower()
             targets[name] = {"format": "compressed-tensors", "scheme": scheme, "activation_observer": observer}
             targets[f"{name}-folded"] = targets[name] | {"method": ["smoothquant", "rtn"]}
+    for cache in CACHES:
+        targets[f"cache-{cache}".lower()] = {"format": "compressed-tensors", "scheme": "W8A16", "kv_cache": cache}
+    targets["cache-as-they-are"] = {"format": "compressed-tensors", "scheme": "W8A16"}
     manifest: dict[str, Any] = {
         "name": "static",
         "models": [{"source": f"folder:{model}"} for model in ("plain", "outliers")],

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from converter.activations import quantize_inputs
 from converter.architecture import MISMATCH, Architecture, ranges
+from converter.caches import KEYS, VALUES, CacheRounding, attention_of, flat, keep_in
 from converter.errors import SourceError
 from converter.schemes import Activations
 from converter.skeleton import skeleton
@@ -179,12 +180,15 @@ class Decoder:
         hidden: Tensor,
         observe: Observer | None = None,
         activations: Mapping[str, Activations] | None = None,
+        rounding: CacheRounding | None = None,
+        watch_cache: bool = False,
     ) -> Tensor:
         """The hidden state [N, T, D] behind block b for `hidden` in front of it, one sequence at a time.
 
         tensors: the block's, by checkpoint name relative to the block. observe is called in order of the sequences, in
         the caller's thread; what it is given may be kept. activations: linears whose input is quantized, by module name
-        relative to the block; taps are observed before that.
+        relative to the block; taps are observed before that. rounding: of the keys and values that attention keeps;
+        watch_cache: observe those, too, as the taps caches.KEYS and caches.VALUES, in blocks that have them.
         Raises SourceError when names or shapes are not those of the block.
         """
         layer = self._layer(b)
@@ -202,7 +206,8 @@ class Decoder:
             return (outcome[0] if isinstance(outcome, tuple) else outcome)[0], seen
 
         behind = torch.empty_like(hidden, dtype=self.dtype)
-        with self._loaded(layer, tensors), self._hooked(b, observe is not None, activations or {}):
+        hooked = self._hooked(b, observe is not None, activations or {})
+        with self._loaded(layer, tensors), hooked, self._kept(b, rounding, watch_cache):
             for n, (one, seen) in enumerate(self.workers.map(run, range(len(hidden)))):
                 behind[n] = one
                 if observe is not None:
@@ -326,6 +331,27 @@ class Decoder:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def _kept(self, b: int, rounding: CacheRounding | None, watched: bool) -> Iterator[None]:
+        """Inside, the block's attention reports the keys and values that it keeps, if `watched`, and rounds them."""
+        inside, taps, inner = dict(self._layers[b].named_modules()), self._architecture.taps, self._architecture.inner
+        there = [linear for tap in taps for linear in tap.linears if inner(linear) in inside]
+        name = attention_of(taps, there) if rounding or watched else None
+        if name is None:
+            yield
+            return
+
+        def keep(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            if watched:
+                self._thread.seen |= {KEYS: flat(keys), VALUES: flat(values)}
+            return rounding(keys, values) if rounding else (keys, values)
+
+        undo = keep_in(inside[inner(name)], keep)
+        try:
+            yield
+        finally:
+            undo()
 
 
 def _outer_names(

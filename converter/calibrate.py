@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from converter.blocks import Decoder
+from converter.caches import CacheRounding
 from converter.errors import NumericsError
 from converter.schemes import Activations
 from converter.stats import Collector, Counted, TapStats
@@ -26,13 +27,14 @@ PAIRS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A block on its way to being quantized: its tensors as they are so far, how inputs of those linears are quantized,
-    and the taps whose turn it is.
+    """A block on its way to being quantized: its tensors as they are so far, how inputs of those linears are quantized
+    and, once keys and values are made of such tensors, those; and the taps whose turn it is.
     """
 
     tensors: Mapping[str, Tensor]
     activations: Mapping[str, Activations]
     taps: Set[str]
+    rounding: CacheRounding | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +54,18 @@ def calibrate_block(
     gram_for: Set[str] = frozenset(),
     skip_bad_rows: bool = False,
     counted_for: Mapping[str, Counted] | None = None,
+    watch_cache: bool = False,
 ) -> CalibratedBlock:
     """Run block b over `hidden` [N, T, D] and gather the statistics of its taps; gram for the taps in `gram_for`.
 
     tensors: the block's, by checkpoint name relative to it. counted_for: taps that get a histogram, and of what.
+    watch_cache: the keys and values that attention keeps are taps, too.
     Sequences are added in order, so the result is the same on any number of workers. A sequence with a value that is
     not finite in any tap is left out of all taps when skip_bad_rows is set; otherwise NumericsError tells the first tap
     and how many sequences.
     """
     found = _Found(decoder, gram_for, counted_for=counted_for)
-    behind = decoder.run_block(b, tensors, hidden, found.add)
+    behind = decoder.run_block(b, tensors, hidden, found.add, watch_cache=watch_cache)
     for n, one in enumerate(behind):
         found.check(n, one)
     found.refuse_bad(f"{decoder.where} block {b}", len(hidden), skip_bad_rows)
@@ -79,6 +83,7 @@ def calibrate_chain(
     skip_bad_rows: bool = False,
     stage: Stage | None = None,
     counted_for: Mapping[str, Counted] | None = None,
+    watch_cache: bool = False,
 ) -> tuple[Mapping[str, TapStats], int]:
     """The statistics of block b's taps on the hidden state `chain` [N, T, D] of a target, and how many were skipped.
 
@@ -89,6 +94,7 @@ def calibrate_chain(
     """
     found = _Found(decoder, gram_for, drift_for, counted_for)
     own, activations, taps = (stage.tensors, stage.activations, stage.taps) if stage else (tensors, {}, None)
+    rounding = stage.rounding if stage else None
     for start in range(0, len(chain), PAIRS):
         piece, first = slice(start, start + PAIRS), dict[int, Mapping[str, Tensor]]()
 
@@ -102,7 +108,7 @@ def calibrate_chain(
             found.add(start + n, seen, first.pop(n))
 
         before = decoder.run_block(b, tensors, original[piece], keep)
-        behind = decoder.run_block(b, own, chain[piece], add, activations)
+        behind = decoder.run_block(b, own, chain[piece], add, activations, rounding, watch_cache)
         for n, (one, other) in enumerate(zip(before, behind, strict=True)):
             found.check(start + n, one)
             found.check(start + n, other)

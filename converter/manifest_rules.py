@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converter.marks import quoted, suggestion
-from converter.schemes import GGUF_TENSOR_TYPES, METHODS, ROUNDERS, SCHEMES, STORES, TRANSFORMS
+from converter.schemes import CACHING, GGUF_TENSOR_TYPES, METHODS, ROUNDERS, SCHEMES, STORES, TRANSFORMS
 
 if TYPE_CHECKING:
     from converter.manifest_fields import Publish, Target
@@ -170,6 +170,10 @@ def _check_grid(target: Target) -> Iterator[Finding]:
 
 
 def _check_inputs(target: Target) -> Iterator[Finding]:
+    if target.kv_cache is not None and target.format not in CACHING:
+        what = f"{target.format} has no place for scales of keys and values"
+        remedy = f"Remove kv_cache, or choose format: {' or '.join(CACHING)}"
+        yield Finding(at=("kv_cache",), needs=("format",), what=what, remedy=remedy)
     if target.activation_observer is None:
         return
     static = target.static_inputs

@@ -19,6 +19,7 @@ from pydantic.json_schema import SkipJsonSchema
 from converter import manifest_rules, scalars
 from converter.scalars import RefusedError
 from converter.schemes import (
+    CACHES,
     FALLBACK_ANSWERS,
     GGUF_TENSOR_TYPES,
     ROUNDERS,
@@ -166,6 +167,12 @@ class Target(
             "for floats when left out."
         ),
     ] = None
+    kv_cache: Annotated[
+        str | None,
+        BeforeValidator(scalars.optional(scalars.one_of(tuple(CACHES)))),
+        WithJsonSchema({"enum": list(CACHES)}),
+        Field(description="How keys and values are kept: with one scale a layer, or one for each head of it."),
+    ] = None
     imatrix: Annotated[
         bool | str,
         BeforeValidator(scalars.switch_or_path),
@@ -255,6 +262,11 @@ class Target(
     def fixes_inputs(self) -> bool:
         """Whether calibration fixes how inputs are quantized."""
         return bool(self.static_inputs)
+
+    @property
+    def fixes_ranges(self) -> bool:
+        """Whether calibration fixes how inputs, or keys and values, are quantized."""
+        return self.fixes_inputs or self.kv_cache is not None
 
     @property
     def static_inputs(self) -> list[Activations]:

@@ -124,6 +124,25 @@ COMPRESSED_TENSORS_SCHEMES = {
         activations=Activations(values="e4m3", bits=8, group_size=32, scale="power of two"),
     ),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheScheme:
+    """How the keys and values that attention keeps are stored; by_head: with a scale for each head, not one for all."""
+
+    how: Activations
+    by_head: bool = False
+
+
+STATIC_FP8, STATIC_INT8 = replace(TOKEN_FP8, static=True), replace(TOKEN_INT8, static=True)
+CACHES = {
+    "FP8": CacheScheme(how=STATIC_FP8),
+    "FP8_HEAD": CacheScheme(how=STATIC_FP8, by_head=True),
+    "INT8": CacheScheme(how=STATIC_INT8),
+    "INT8_HEAD": CacheScheme(how=STATIC_INT8, by_head=True),
+}
+# The formats that have a place for the scales of keys and values.
+CACHING = ("compressed-tensors",)
 GPTQ_SCHEMES = {name: INTEGERS[name] for name in ("W2A16", "W3A16", "W4A16", "W8A16")}
 # The first layout of GPTQ keeps zero points less one, and readers disagree about what is then stored for 0.
 GPTQ_V2_SCHEMES = GPTQ_SCHEMES | {f"{name}_ASYM": ASYMMETRIC[f"{name}_ASYM"] for name in GPTQ_SCHEMES}

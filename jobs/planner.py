@@ -118,7 +118,8 @@ def _calibrate_tasks(jobs: Sequence[PlannedJob], work: Work, fetch: Task, cpus: 
     if architecture is None or not model.runs or not (chained or any(need.sums or need.gram for need in asked)):
         return
     grams = tuple(tap.name for tap in architecture.taps) if any(need.gram for need in asked) else ()
-    counted = _counted([job for job in jobs if not job.target.has_chain], architecture)
+    own = [job for job in jobs if not job.target.has_chain]
+    counted, watch_cache = _counted(own, architecture), any(job.target.kv_cache for job in own)
     before = fetch
     for block in range(model.blocks):
         spec = {
@@ -127,6 +128,7 @@ def _calibrate_tasks(jobs: Sequence[PlannedJob], work: Work, fetch: Task, cpus: 
             "taps": {tap.name: list(tap.linears) for tap in architecture.taps},
             "gram": list(grams),
             "counted": counted,
+            "cache": watch_cache,
             "block": block,
             "device": work.device,
         }
@@ -135,7 +137,13 @@ def _calibrate_tasks(jobs: Sequence[PlannedJob], work: Work, fetch: Task, cpus: 
             subject=model.name,
             block=block,
             spec=spec,
-            work=replace(work, gram_taps=grams, counted=counted, calibrated=before.key if block else ""),
+            work=replace(
+                work,
+                gram_taps=grams,
+                counted=counted,
+                watch_cache=watch_cache,
+                calibrated=before.key if block else "",
+            ),
             reads=(before.key,),
             resources=Resources(
                 cpus=max(1, cpus // 2),
@@ -176,6 +184,7 @@ def _propagate_task(
         "gram": list(grams),
         "drift": list(drifts),
         "counted": counted,
+        "cache": job.target.kv_cache is not None,
         "block": block,
         "device": work.device,
     }
@@ -191,6 +200,7 @@ def _propagate_task(
             gram_taps=grams,
             drift_taps=drifts,
             counted=counted,
+            watch_cache=job.target.kv_cache is not None,
             calibrated=calibrated,
             chained=chained,
             parts=parts,
@@ -336,7 +346,7 @@ def _artifact_tasks(
 def _needs(target: Target) -> Iterator[Needs]:
     for method in target.methods:
         yield NEEDS[method](target.collects_imatrix)
-    yield Needs(sums=target.fixes_inputs)
+    yield Needs(sums=target.fixes_ranges)
 
 
 def _counted(jobs: Sequence[PlannedJob], architecture: Architecture) -> dict[str, Counted]:

@@ -120,7 +120,7 @@ def _open(job: Job, store: Store) -> Model:
 
 def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
     target = job.target.with_defaults()
-    needs = [NEEDS[method](target.collects_imatrix) for method in target.methods] + [Needs(sums=target.fixes_inputs)]
+    needs = [NEEDS[method](target.collects_imatrix) for method in target.methods] + [Needs(sums=target.fixes_ranges)]
     if model.snapshot.gguf and target.format != "gguf":
         what = f"the source is GGUF, which becomes GGUF of other types, and this target is {target.format}"
         remedy = "Convert the original model, or choose format: gguf"

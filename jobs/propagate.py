@@ -16,6 +16,7 @@ from torch import Tensor
 
 from converter import tensor_file
 from converter.blocks import Decoder
+from converter.caches import KEYS, Cached, CacheRounding, rounding_of
 from converter.calibrate import calibrate_chain
 from converter.compare import evaluation
 from converter.containers import TensorPlan
@@ -54,6 +55,7 @@ def propagate(attempt: Attempt) -> None:
         drift_for=frozenset(work.drift_taps),
         skip_bad_rows=skip,
         counted_for=work.counted,
+        watch_cache=work.watch_cache,
     )
     if skipped:
         attempt.record["note"] = f"{skipped} of {len(chain)} calibration rows overflowed and were left out"
@@ -67,7 +69,7 @@ def _embedded(
     attempt: Attempt, decoder: Decoder, original: evaluation.Original, rows_NT: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The hidden states [N, T, D] in front of block 0: the original's, and with the target's own embedding."""
-    own, _ = _decoded(attempt, original, None)
+    own, _, _ = _decoded(attempt, original, None)
     first = decoder.embed(rows_NT, {name: original.read(name) for name in decoder.input_names})
     return first, decoder.embed(
         rows_NT, {name: own[name] if name in own else original.read(name) for name in decoder.input_names}
@@ -77,36 +79,42 @@ def _embedded(
 def _run_quantized(attempt: Attempt, decoder: Decoder, original: evaluation.Original, block: int) -> Tensor:
     """The chain [N, T, D] behind a block, as the target's files will have the block."""
     chain = tensor_file.load(attempt.store.output(attempt.work.chained) / "hidden.safetensors")["hidden"]
-    own, activations = _decoded(attempt, original, block)
+    own, activations, rounding = _decoded(attempt, original, block)
     assert original.architecture is not None
     prefix = original.architecture.prefix(block)
     inside = {name.removeprefix(prefix): name for name in original.names if name.startswith(prefix)}
     rest = {local: original.read(name) for local, name in inside.items() if local not in own}  # GGUF's metadata
-    return decoder.run_block(block, own | rest, chain, activations=activations)
+    return decoder.run_block(block, own | rest, chain, activations=activations, rounding=rounding)
 
 
 def _decoded(
     attempt: Attempt, original: evaluation.Original, block: int | None
-) -> tuple[dict[str, Tensor], dict[str, Activations]]:
+) -> tuple[dict[str, Tensor], dict[str, Activations], CacheRounding | None]:
     """The tensors of a block, or those outside all, decoded from what the quantize task wrote, f32.
 
-    By checkpoint names relative to the block; and by module how the linears' inputs are quantized, where they are.
+    By checkpoint names relative to the block; and by module how the linears' inputs are quantized, where they are; and
+    how keys and values are.
     """
     work = attempt.work
     assert work.artifact is not None and work.parts is not None and original.architecture is not None
     prefix = original.architecture.prefix(block) if block is not None else ""
     pieces: dict[str, list[tuple[TensorPlan, Tensor]]] = {}
     activations: dict[str, Activations] = {}
+    cached: dict[str, Cached] = {}
+    largest: dict[str, Tensor] = {}
     for key, names in work.parts.items():
         for tensor in (tensor for tensor in work.artifact.tensors if tensor.block == block and tensor.name in names):
             parts = tensor_file.load(attempt.store.output(key) / part_file(names, tensor.name))
             weight = Coded(grid=tensor.grid, shape=tensor.shape, parts=dict(parts)).decode()
             local = tensor.source.removeprefix(prefix)
             pieces.setdefault(local, []).append((tensor, weight))
+            if tensor.cached:
+                cached |= dict.fromkeys(tensor.cached.of, tensor.cached)
+                largest |= {tap: parts[tap] for tap in tensor.cached.of}
             if tensor.activations:
                 activations[local.removesuffix(".weight")] = _fixed(tensor.activations, parts)
     whole = {name: joined(found[0][0].prepare, [weight for _, weight in found]) for name, found in pieces.items()}
-    return whole, activations
+    return whole, activations, rounding_of(cached[KEYS], largest) if cached else None
 
 
 def _fixed(activations: Activations, parts: Mapping[str, Tensor]) -> Activations:

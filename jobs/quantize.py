@@ -16,7 +16,7 @@ from converter.containers import TensorPlan
 from converter.containers.gguf import coverage
 from converter.containers.gguf.operations import apply_preparation
 from converter.methods import Block, Options
-from converter.methods.ranges import fix_inputs, share_ranges
+from converter.methods.ranges import fix_inputs, largest_kept, share_ranges
 from converter.methods.tables import NEEDS, ROUNDERS, TRANSFORMS
 from converter.stats import TapStats, unpack
 from jobs import stream
@@ -133,8 +133,9 @@ def _round_group(
         rounded = ROUNDERS[target.methods[-1]](state, shared, options)
     given = {name: tensor.activations for name, tensor in local.items() if tensor.activations}
     fixed = fix_inputs(state, given, target.input_observer)
+    kept = largest_kept(state, {name: tensor.cached for name, tensor in local.items() if tensor.cached})
     for name, tensor in local.items():
-        parts = dict(rounded.coded[name].parts)
+        parts = {**rounded.coded[name].parts, **kept.get(name, {})}
         if name in fixed:
             parts["input_range"] = torch.tensor([fixed[name].lowest, fixed[name].largest])
         path = attempt.folder / part_file(tuple(planned), tensor.name)

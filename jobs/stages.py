@@ -15,13 +15,14 @@ from torch import Tensor
 
 from converter import tensor_file
 from converter.architecture import Tap
+from converter.caches import CacheRounding, rounding_of
 from converter.calibrate import Stage, calibrate_chain
 from converter.compare import evaluation
 from converter.containers import TensorPlan
 from converter.containers.gguf.operations import undo_preparation
 from converter.grids import Coded, Grid
 from converter.methods import Block, Options, Rounded
-from converter.methods.ranges import fix_inputs
+from converter.methods.ranges import fix_inputs, largest_kept
 from converter.methods.tables import NEEDS, ROUNDERS
 from converter.schemes import Activations, Observer
 from converter.stats import pack, unpack
@@ -69,6 +70,7 @@ def round_in_stages(
                 tensors=whole | _decoded(coded, planned, model, b),
                 activations=_activations(coded, planned, state, work.target.input_observer),
                 taps=frozenset(taps),
+                rounding=_rounding(coded, planned, state),
             )
             found, _ = calibrate_chain(
                 decoder,
@@ -140,6 +142,15 @@ def _activations(
     """How the inputs of linears that are rounded by now are quantized, by module; a fixed range is that of state."""
     given = {name: how for name in coded if (how := planned[name].activations) is not None}
     return {name.removesuffix(".weight"): how for name, how in (given | fix_inputs(state, given, observer)).items()}
+
+
+def _rounding(coded: Mapping[str, Coded], planned: Mapping[str, TensorPlan], state: Block) -> CacheRounding | None:
+    """How keys and values are kept, once the linears that make them are rounded; None before that."""
+    cached = {name: tensor.cached for name, tensor in planned.items() if tensor.cached}
+    if not cached or not cached.keys() <= coded.keys():
+        return None
+    largest = {tap: one for found in largest_kept(state, cached).values() for tap, one in found.items()}
+    return rounding_of(next(iter(cached.values())), largest)
 
 
 def joined(prepare: str, pieces: list[Tensor]) -> Tensor:

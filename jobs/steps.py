@@ -128,6 +128,7 @@ def calibrate(attempt: Attempt) -> None:
         gram_for=frozenset(work.gram_taps),
         skip_bad_rows=work.texts.calibration.skip_bad_rows,
         counted_for=work.counted,
+        watch_cache=work.watch_cache,
     )
     if result.skipped:
         attempt.record["note"] = f"{result.skipped} of {len(hidden)} calibration rows overflowed and were left out"

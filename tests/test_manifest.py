@@ -294,6 +294,8 @@ CASES = [
     ("scheme: INT8", "scheme: INT8, activation_observer: mse", "'int8': activation_observer has no effect where no "),
     ("scheme: INT8", "scheme: INT8, activation_observer: best", "activation_observer 'best' is not known. "),
     ("parquet, scheme: INT8", NVFP4_BY_KL, "activation_observer kl weighs codes of one scale, and NVFP4 has one a gr"),
+    ("scheme: INT8", "scheme: INT8, kv_cache: FP8", "parquet has no place for scales of keys and values. Remove kv_c"),
+    ("scheme: INT8", "scheme: INT8, kv_cache: fp8", "kv_cache 'fp8' is not known. Did you mean 'FP8'?"),
     ("scheme: INT8", "scheme: INT8, damping: 0.1", "9:50: target 'int8': damping has no effect without gptq. "),
     ("scheme: INT8", "scheme: INT8, smoothing_strength: 1", "9:61: target 'int8': smoothing_strength has no effect wi"),
     ("scheme: INT8", "scheme: INT8, observer: MinMax", "observer 'MinMax' is not known. Did you mean 'minmax'?"),

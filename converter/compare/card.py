@@ -254,6 +254,11 @@ def _how_made(row: Mapping[str, Any], target: Target, calibration: Calibration) 
         facts.append(("codes", "symmetric around zero" if target.symmetric else "with a zero point"))
     if target.granularity:
         facts.append(("range of the grid", f"observer {code(target.observer)}"))
+    if target.fixes_inputs:
+        facts.append(("range of the inputs", f"fixed beforehand, observer {code(target.input_observer)}"))
+    if target.kv_cache:
+        each = "a scale for each head" if target.kv_cache.endswith("_HEAD") else "one scale a layer"
+        facts.append(("keys and values", f"kept as {code(target.kv_cache.partition('_')[0])}, {each}"))
     if target.search == "thorough":
         facts.append(("search", "thorough: scales and codes of less error than ggml's own, in the same format"))
     if target.weighs_columns:
@@ -264,7 +269,7 @@ def _how_made(row: Mapping[str, Any], target: Target, calibration: Calibration) 
     outer = (("output head", target.output_type), ("embedding", target.embedding_type))
     facts += [(name, code(type)) for name, type in outer if type]
     facts += [("exception", f"{code(rule.pattern)} as {code(rule.type)}") for rule in target.rules]
-    if target.collects_imatrix or set(row["method"]) - {"rtn"}:
+    if target.collects_imatrix or target.fixes_ranges or set(row["method"]) - {"rtn"}:
         facts.append(("calibration", plain(wording.rows_of(calibration.model_dump(), "calibration"))))
     return "\n".join(["## How it was made", "", *[f"- {name}: {value}" for name, value in facts], ""])
 

@@ -165,7 +165,7 @@ def _measure_block(
         rows.append(row)
     said = {name.removesuffix(".weight"): opened.activations(prefix + name) for name in first}
     activations = {module: how for module, how in said.items() if how}
-    hidden = decoder.run_block(block, copy, hidden, activations=activations)
+    hidden = decoder.run_block(block, copy, hidden, activations=activations, rounding=opened.keeps(prefix))
     expected = tensor_file.load(hidden_file(original.hidden_folder, block + 1))["hidden"]
     deviation = difference(expected, hidden)
     kept = [row | {"block_relative_mse": deviation.relative_mse} for row in rows if row]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from converter.architecture import Architecture
+from converter.caches import Cached, CacheRounding
 from converter.grids import Grid
 from converter.manifest import Target
 from converter.schemes import Activations
@@ -32,7 +33,8 @@ class TensorPlan:
     "halves:1"; several tensors may then have one source. fallback: why its grid is not the one asked for (empty: it
     is). quantized: whether the target's method rounds it (otherwise it is stored as floating point). stack: the tensor
     of the file that this is one slice of, such as an expert's; slices follow each other (empty: it is a tensor itself).
-    activations: how the artifact says that what the linear reads is quantized (None: it is not).
+    activations: how the artifact says that what the linear reads is quantized (None: it is not). cached: scales that
+    stand beside it of the keys and values that it makes (None: readers keep those as they are).
     """
 
     name: str
@@ -47,6 +49,7 @@ class TensorPlan:
     fallback: str = ""
     stack: str = ""
     activations: Activations | None = None
+    cached: Cached | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,10 @@ class Opened(Protocol):
 
     def activations(self, name: str) -> Activations | None:
         """How the artifact says that the linear's input is quantized; None when inputs keep their precision."""
+        ...
+
+    def keeps(self, prefix: str) -> CacheRounding | None:
+        """How keys and values are kept in the block whose tensors' names begin with `prefix`; None: as they are."""
         ...
 
 

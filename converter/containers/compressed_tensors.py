@@ -12,6 +12,8 @@ transformers and vLLM read it. What a weight becomes (O out, I in, G groups):
     mxfp4-pack-quantized  weight_packed u8 [O, I / 2], weight_scale u8 [O, I / 32], a power of two plus 127
     mxfp8-quantized       weight fp8, weight_scale u8 [O, I / 32]
 
+`kv_cache_scheme` tells how keys and values are kept, by scales beside the linears that make them (see kept.py).
+
 A module of a fused projection must have the scheme of its siblings, rows must fill whole words, and asymmetric codes
 load in transformers only where every quantized linear has one and the same scheme, and then with
 `CompressedTensorsConfig(dequantize=True)`.
@@ -36,7 +38,7 @@ from torch import Tensor
 
 from converter.activations import FP4_MAX, FP8_MAX, fixed_scale
 from converter.architecture import Architecture
-from converter.containers import ArtifactPlan, TensorPlan
+from converter.containers import ArtifactPlan, TensorPlan, kept
 from converter.containers.packing import pack_words
 from converter.containers.safetensors_file import Entry
 from converter.containers.safetensors_model import (
@@ -173,7 +175,7 @@ class CompressedTensors(SafetensorsModel):
                 key = json.dumps(settings, sort_keys=True)
                 groups[key] = settings
                 modules.setdefault(key, []).append(as_readers_name(module_of(tensor), architecture))
-        kept = kept_linears(plan, snapshot, architecture) if architecture else []
+        unquantized = kept_linears(plan, snapshot, architecture) if architecture else []
         broad = architecture is not None and len(groups) == 1
         config_groups = {
             f"group_{number}": {"targets": ["Linear"] if broad else modules[key], **settings}
@@ -186,8 +188,8 @@ class CompressedTensors(SafetensorsModel):
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "global_compression_ratio": None,
-            "kv_cache_scheme": None,
-            "ignore": sorted({as_readers_name(name, architecture) for name in kept}),
+            "kv_cache_scheme": kept.settings(target),
+            "ignore": sorted({as_readers_name(name, architecture) for name in unquantized}),
             "config_groups": config_groups,
         }
 

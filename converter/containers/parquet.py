@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from converter.architecture import Architecture
+from converter.caches import CacheRounding
 from converter.containers import ArtifactPlan, Parts, TensorPlan
 from converter.containers.parquet_file import ParquetWriter
 from converter.containers.parquet_rows import (
@@ -233,6 +234,9 @@ class OpenedParquet:
         return grid.name, sum(sum(chunk.sizes) for chunk in chunks(stand_in, 0))
 
     def activations(self, name: str) -> Activations | None:
+        return None
+
+    def keeps(self, prefix: str) -> CacheRounding | None:
         return None
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from converter.architecture import Architecture
-from converter.containers import ArtifactPlan, Parts, TensorPlan
+from converter.containers import ArtifactPlan, Parts, TensorPlan, kept
 from converter.containers.safetensors_file import Entry, FilePlan, SafetensorsWriter, plan_files
 from converter.containers.safetensors_open import OpenedSafetensors, open_safetensors
 from converter.containers.selection import Choice, choose, float_dtype, looks_linear
@@ -87,8 +87,13 @@ class SafetensorsModel(ABC):
             what = f"{snapshot.repo} has no linear that {target.scheme} could be applied to"
             raise UnsupportedError(where_of(target), what, "Choose format parquet, or look at rules and group_size")
         self.check(tensors, architecture, target)
+        tensors = [
+            replace(tensor, size_bytes=sum(entry.size_bytes for entry in self._entries(tensor)))
+            for tensor in kept.with_scales(tensors, snapshot, architecture, target, where_of(target))
+        ]
         files = {file.name: file.size_bytes for file in self._files(tensors, snapshot)}
-        return ArtifactPlan(tensors=tuple(tensors), files=files, exact=True, dropped=dropped)
+        notes = kept.notes(tensors, target, architecture)
+        return ArtifactPlan(tensors=tuple(tensors), files=files, exact=True, dropped=dropped, notes=notes)
 
     def write(
         self,
@@ -108,6 +113,7 @@ class SafetensorsModel(ABC):
             for tensor in plan.tensors:
                 own = parts(tensor.name)
                 values = self.values(tensor, own) if tensor.quantized else [own["values"]]
+                values = [*values, *kept.values(tensor, own)]
                 for entry, value in zip(self._entries(tensor), values, strict=True):
                     writer.write(entry.name, value)
 
@@ -127,7 +133,7 @@ class SafetensorsModel(ABC):
             else:
                 fallback = f"kept: {len(header.shape)} dimensions, the format stores weights of linears only"
         quantized = not isinstance(grid, PlainGrid)
-        tensor = TensorPlan(
+        return TensorPlan(
             name=header.name,
             source=header.name,
             shape=header.shape,
@@ -138,12 +144,12 @@ class SafetensorsModel(ABC):
             fallback=fallback,
             activations=choice.scheme.activations if quantized else None,
         )
-        return replace(tensor, size_bytes=sum(entry.size_bytes for entry in self._entries(tensor)))
 
     def _entries(self, tensor: TensorPlan) -> tuple[Entry, ...]:
+        beside = kept.entries(tensor)
         if isinstance(tensor.grid, PlainGrid):
-            return (Entry(name=tensor.name, dtype=tensor.grid.dtype, shape=tensor.shape),)
-        return self.entries(tensor)
+            return (Entry(name=tensor.name, dtype=tensor.grid.dtype, shape=tensor.shape), *beside)
+        return (*self.entries(tensor), *beside)
 
     def _files(self, tensors: Sequence[TensorPlan], snapshot: Snapshot) -> tuple[FilePlan, ...]:
         metadata = {"format": "pt", "source": snapshot.repo, "commit": snapshot.commit}

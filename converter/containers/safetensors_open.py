@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from converter.activations import FP4_MAX, FP8_MAX, fixed_range
+from converter.caches import KEYS, MAKERS, SCALES, VALUES, CacheRounding
 from converter.containers.safetensors_file import read_headers, read_tensor
 from converter.errors import SourceError
 from converter.packed.bitsandbytes import state_of
@@ -45,14 +46,15 @@ class OpenedSafetensors:
 
     def stored(self, name: str) -> tuple[str, int]:
         packed = self.snapshot.packed.get(name)
+        module = name.removesuffix("weight")
+        attention, _, linear = module.removesuffix(".").rpartition(".")
+        names = [module + end for end in ("input_scale", "input_zero_point", "input_global_scale")]
+        names += [f"{attention}.{SCALES[tap]}" for tap, makers in MAKERS.items() if linear in makers]
+        beside = sum(self.headers[one].end - self.headers[one].start for one in names if one in self.headers)
         if packed is None:
             header = self.snapshot.tensors[name]
-            return header.dtype, header.end - header.start
-        module = name.removesuffix("weight")
-        ends = ("input_scale", "input_zero_point", "input_global_scale")
-        inputs = [module + end for end in ends if module + end in self.headers]
-        beside = [self.headers[one] for one in inputs]
-        return self._title(name), packed.size_bytes + sum(header.end - header.start for header in beside)
+            return header.dtype, header.end - header.start + beside
+        return self._title(name), packed.size_bytes + beside
 
     def activations(self, name: str) -> Activations | None:
         if name not in self.snapshot.packed:
@@ -65,6 +67,19 @@ class OpenedSafetensors:
         module = name.removesuffix(".weight")
         said = group_of(settings, module, str(self.snapshot.folder)).get("input_activations")
         return self._declared(said, module) if said else None
+
+    def keeps(self, prefix: str) -> CacheRounding | None:
+        said = self.snapshot.config["quantization_config"].get("kv_cache_scheme")
+        if not said:
+            return None
+        how = Activations(values="int" if said["type"] == "int" else "e4m3", bits=int(said["num_bits"]), static=True)
+        ranges = {
+            tap: tuple(fixed_range(how, scale) for scale in self._load(name).float().flatten().tolist())
+            for name in self.headers
+            for tap, end in SCALES.items()
+            if name.startswith(prefix) and name.endswith(f".{end}")
+        }
+        return CacheRounding(keys=ranges[KEYS], values=ranges[VALUES]) if ranges else None
 
     def _declared(self, said: Mapping[str, Any], module: str) -> Activations:
         """What a config group says of inputs; a static scale is read from the file."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from converter.architecture import Folding
+from converter.caches import MAKERS, VALUES
 from converter.grids import Grid
 from converter.methods import Block
 from converter.methods.rtn import nearest
@@ -76,6 +77,8 @@ def fold(block: Block, folding: Folding, scale_I: Tensor, grids: Mapping[str, Gr
         tensors[name] = tensors[name] * scale_I.to(tensors[name].dtype)
     if folding.tap in stats:
         stats[folding.tap] = stats[folding.tap].scaled(scale_I)
+    if VALUES in stats and folding.linear.rpartition(".")[2] in MAKERS[VALUES]:  # its rows are the values' columns
+        stats[VALUES] = stats[VALUES].scaled(scale_O[folded_rows(folding, len(scale_I), rows)])
     return replace(block, tensors=tensors, stats=stats)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from torch import Tensor
+
+from converter.caches import Cached
 from converter.errors import NumericsError
 from converter.grids import Grid
 from converter.grids.input_observers import input_range
@@ -51,3 +54,18 @@ def fix_inputs(block: Block, given: Mapping[str, Activations], observer: Observe
         lowest, largest = found[key]
         fixed[name] = replace(activations, lowest=lowest, largest=largest)
     return fixed
+
+
+def largest_kept(block: Block, cached: Mapping[str, Cached]) -> dict[str, dict[str, Tensor]]:
+    """By name of a weight and by tap, the largest magnitude f32 of each head, or [1] of all, of keys and values.
+
+    Raises NumericsError when calibration saw none of them.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, one in cached.items():
+        for tap in one.of:
+            if tap not in block.stats:
+                what = f"{tap.replace('_', ' ')} get a fixed scale, and calibration never saw them"
+                raise NumericsError(f"{block.where} {name}", what, "Remove kv_cache for this model")
+            found.setdefault(name, {})[tap] = block.stats[tap].abs_max.reshape(one.heads, -1).amax(1)
+    return found

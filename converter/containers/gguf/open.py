@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from converter.architecture import Architecture
+from converter.caches import CacheRounding
 from converter.containers.gguf.family import family_of
 from converter.containers.gguf.hyper import WHOLE
 from converter.containers.gguf.operations import undo_operation, undo_preparation
@@ -59,6 +60,10 @@ class OpenedGGUF:
 
     def activations(self, name: str) -> Activations | None:
         """Always None: GGUF stores weights and says nothing of activations."""
+        return None
+
+    def keeps(self, prefix: str) -> CacheRounding | None:
+        """Always None, as above."""
         return None
 
     def _piece(self, entry: Named) -> Piece:
