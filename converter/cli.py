@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
@@ -215,17 +216,35 @@ def publish(manifest: MANIFEST, out: OUT = Path("out"), only: ONLY = None, json:
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A run's folder, out/<name>.", show_default=False)], json: JSON = False
+    place: Annotated[
+        str,
+        typer.Argument(
+            help="A run's folder, out/<name>; an artifact's; or hub:owner/name@revision.", show_default=False
+        ),
+    ],
+    key: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="The public key, PEM, that artifacts must be signed by."),
+    ] = None,
+    out: OUT = Path("out"),
+    json: JSON = False,
 ) -> None:
-    """Check every file of a run against the sha256 that its comparison lists."""
-    from jobs import show
+    """Check every file against the sha256 that travels with it, and open each by its reader."""
+    from jobs.verify import verify as look
 
-    problems = show.verify(folder)
+    with _shown(json) as display:
+
+        def report(what: str, fraction: float) -> None:
+            display.show(progress.Event(task="verify", subject=place, state="running", title=what, fraction=fraction))
+
+        found = look(place, out, key, report)
     if json:
-        print_json({"problems": problems})
+        print_json(asdict(found))
     else:
-        print_line("\n".join(problems) or "every file is there and whole")
-    raise typer.Exit(int(bool(problems)))
+        print_line("\n".join([*found.problems, *found.notes]))
+        whole = f"every file is there and whole: {found.files} files, {bytes_text(found.size_bytes)}"
+        print_line(f"{len(found.problems)} problems" if found.problems else whole)
+    raise typer.Exit(int(bool(found.problems)))
 
 
 @app.command()

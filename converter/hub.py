@@ -20,6 +20,7 @@ from threading import Event
 
 import huggingface_hub.constants
 from huggingface_hub import hf_hub_url
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, httpx
 
 from converter.containers.gguf import source as gguf_source
@@ -185,6 +186,24 @@ def look(
         token=token,
         gated=bool(info.gated),
     )
+
+
+def find(name: str, revision: str | None, where: str) -> Remote:
+    """The repo called owner/name or datasets/owner/name, a model's or else a data set's. Raises SourceError."""
+    repo = name.removeprefix("datasets/")
+    with explained(where, repo, None):
+        if repo == name:
+            with suppress(RepositoryNotFoundError):
+                return look(repo, "model", revision, None, None)
+        return look(repo, "dataset", revision, None, None)
+
+
+def bring_files(remote: Remote, names: Sequence[str], folder: Path, where: str, report: Report | None = None) -> None:
+    """Download files of a repo into a folder, checked against the hub's checksums. Raises SourceError."""
+    for name in names:
+        check_path(name, where)
+    with explained(where, remote.repo, remote.endpoint):
+        bring(remote, names, folder, where, report)
 
 
 def look_once(repo: str, kind: Kind, revision: str, cache: Path, endpoint: str | None, token: str | None) -> Remote:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.errors import ManifestError
-from converter.manifest import Calibration, Evaluation, Job, Manifest
+from converter.manifest import Calibration, Evaluation, Job, Manifest, Target
 from converter.manifest_rules import GGUF_FIELDS, GRID_FIELDS, METHOD_OF_FIELD
 from converter.marks import START, Fields, Items, Node, Problems, Text, parse, read_bytes, write_yaml
 from converter.schemes import SCHEMES
@@ -62,15 +62,21 @@ def lock_text(
 
 def _job_fields(job: Job, manifest: Manifest) -> dict[str, object]:
     """Give the fields that have an effect on this job, defaults filled in."""
-    target = job.target.with_defaults()
+    imatrix = job.target.imatrix_file
+    path = portable(f"file:{imatrix}", manifest) if imatrix else ""
+    return {"model": job.model.name, "target": job.target.name} | effective_fields(job.target.with_defaults(), path)
+
+
+def effective_fields(target: Target, imatrix: str) -> dict[str, object]:
+    """Give the fields that have an effect on a target with defaults; imatrix: what to call its file, if it has one."""
     fields = target.model_dump(exclude={"name", "where", "methods", "rules"}, exclude_none=True)
     idle = {field for field, method in METHOD_OF_FIELD.items() if method not in target.methods}
     idle.update(GGUF_FIELDS if target.format in SCHEMES else GRID_FIELDS)
-    if target.imatrix_file:
-        fields["imatrix"] = portable(f"file:{target.imatrix_file}", manifest)
+    if imatrix:
+        fields["imatrix"] = imatrix
     rules = {"rules": {rule.pattern: rule.type for rule in target.rules}} if target.rules else {}
     effective = {key: value for key, value in fields.items() if key not in idle}
-    return {"model": job.model.name, "target": target.name, "method": list(target.methods)} | effective | rules
+    return {"method": list(target.methods)} | effective | rules
 
 
 def _text_fields(section: Calibration | Evaluation, manifest: Manifest) -> dict[str, object]:

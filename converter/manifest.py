@@ -25,6 +25,7 @@ from converter.manifest_fields import (
     Publish,
     Rule,
     Selection,
+    Sign,
     Target,
     json_schema,
     read_part,
@@ -350,7 +351,8 @@ class _Reader:
     def publish(self) -> Publish | None:
         entry = self.root.entries.get("publish")
         fields = self.form.fields(entry.value, "publish", "publish") if entry else None
-        publish = self.form.part(Publish, fields, "publish", {}) if fields else None
+        ready = {"sign": self.sign(fields)} if fields and "sign" in fields.entries else {}
+        publish = self.form.part(Publish, fields, "publish", ready) if fields else None
         if fields is None or publish is None:
             return None
         for finding in check_publish(publish):
@@ -359,6 +361,17 @@ class _Reader:
         if kind != "folder":
             return publish
         return publish.model_copy(update={"hub": f"folder:{self.absolute(Path(rest))}"})
+
+    def sign(self, publish: Fields) -> Sign | None:
+        """Read how to sign, the key's path made absolute; its file must be there."""
+        fields = self.form.fields(publish.entries["sign"].value, "publish", "sign")
+        sign = self.form.part(Sign, fields, "publish sign", {}) if fields else None
+        if fields is None or sign is None:
+            return None
+        key = self.absolute(Path(sign.key))
+        if not _holds(key, Path.is_file):
+            self.say(fields.locate(("key",)), "publish sign", f"there is no file {quoted(str(key))}", FIND)
+        return sign.model_copy(update={"key": str(key)})
 
     def check_held_out(self, manifest: Manifest) -> None:
         text = manifest.evaluation.text

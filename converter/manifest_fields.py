@@ -24,7 +24,19 @@ from converter.manifest_target import Name, Rule, String, Switch, Target, passes
 from converter.marks import Text, quoted
 from converter.scalars import RefusedError
 
-__all__ = ["Calibration", "Evaluation", "Exclude", "Job", "Manifest", "Model", "Publish", "Rule", "Selection", "Target"]
+__all__ = [
+    "Calibration",
+    "Evaluation",
+    "Exclude",
+    "Job",
+    "Manifest",
+    "Model",
+    "Publish",
+    "Rule",
+    "Selection",
+    "Sign",
+    "Target",
+]
 
 Part = TypeVar("Part", bound=BaseModel)
 Sequences = Annotated[int, Field(ge=1, le=1_000_000), BeforeValidator(scalars.whole)]
@@ -109,6 +121,12 @@ class Evaluation(BaseModel, frozen=True, extra="forbid"):
     length: Annotated[Length, Field(description="Tokens in a row.")] = 256
 
 
+class Sign(BaseModel, frozen=True, extra="forbid"):
+    """How artifacts are signed."""
+
+    key: Annotated[String, Field(description="File of the private key, PEM, relative to the manifest.")]
+
+
 class Publish(BaseModel, frozen=True, extra="forbid"):
     """Where finished artifacts go."""
 
@@ -137,6 +155,7 @@ class Publish(BaseModel, frozen=True, extra="forbid"):
     replace: Annotated[
         Switch, Field(description="Replace what is in a repository even when it is not of the same source.")
     ] = False
+    sign: Annotated[Sign | None, Field(description="Sign each artifact; needs the extra hubmill[sign].")] = None
 
     def repo_of(self, manifest_name: str, job: Job) -> str:
         """Give the name of the repository that a job's artifact goes to."""

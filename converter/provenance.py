@@ -53,14 +53,14 @@ def portable_source(source: str) -> str:
     return f"folder:{PurePosixPath(rest).name}" if kind == "folder" else source
 
 
-def source_dependencies(source: str, commit: str, digests: Mapping[str, Mapping[str, str]]) -> Iterator[Dependency]:
-    """The model at its commit, then each of its files that was read, by path; source is portable."""
+def source_dependencies(source: str, commit: str, digests: Mapping[str, str]) -> Iterator[Dependency]:
+    """The model at its commit, then its files with their sha256 (hex), by path; source is portable."""
     kind, _, name = source.partition(":")
     whole = f"pkg:huggingface/{quote(name)}@{commit}" if kind == "hub" else f"folder:{quote(name)}"
     # What stands for the commit of a folder is hubmill's own digest (converter/folder.py).
     yield Dependency(name=source, uri=whole, digest={"gitCommit" if kind == "hub" else "hubmillFolder": commit})
-    for path, digest in sorted(digests.items()):
-        yield Dependency(name=path, uri=f"{whole}#{quote(path)}", digest=digest)
+    for path, sha256 in sorted(digests.items()):
+        yield Dependency(name=path, uri=f"{whole}#{quote(path)}", digest={"sha256": sha256})
 
 
 def statement(files: Mapping[str, str], made: Conversion) -> str:

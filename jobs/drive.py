@@ -100,13 +100,17 @@ def drive(
     todo = list(needed)
     share = _shares(graph, todo)
     while todo or state.running:
+        ended: list[Outcome] = []
         for key in _startable(graph, todo, state, executor.slots):
             todo.remove(key)
             state.running[key] = time.monotonic()
             say(store, show, _event(graph, state, share, key, "start"))
             tell = partial(_note, graph, state, share, store, show, key)
-            executor.submit(graph.tasks[key], store, tell)
-        for outcome in executor.wait(POLL_SECONDS):
+            if graph.tasks[key].here:
+                ended.append(run(graph.tasks[key], store, 1, tell))
+            else:
+                executor.submit(graph.tasks[key], store, tell)
+        for outcome in [*ended, *executor.wait(0.0 if ended else POLL_SECONDS)]:
             state.running.pop(outcome.key, None)
             lost = _settle(graph, todo, state, outcome)
             say(store, show, _event(graph, state, share, outcome.key, "failed" if outcome.error else "done", outcome))

@@ -24,7 +24,7 @@ from converter.methods import Needs
 from converter.methods.tables import NEEDS, folds
 from converter.stats import Counted
 from jobs import needs
-from jobs.task import Graph, Resources, Task
+from jobs.task import RECIPES, Graph, Kind, Resources, Task
 from jobs.work import PlannedJob, Texts, Work
 
 
@@ -325,9 +325,18 @@ def _artifact_tasks(
             "repo": place,
             "notes": list(job.artifact.notes),
             "texts": [work.texts.calibration.text, work.texts.evaluation.text],
+            "recipes": _recipes(job, quantize),
+            "signed_by": job.signed.fingerprint if job.signed else "",
         },
-        work=replace(work, assembled=assemble.key, evaluated=evaluate.key, repo=place),
+        work=replace(
+            work,
+            assembled=assemble.key,
+            evaluated=evaluate.key,
+            repo=place,
+            sign_key=job.signed.key if job.signed else None,
+        ),
         reads=(assemble.key, evaluate.key),
+        here=job.signed is not None,
     )
     yield finish
     if job.place:
@@ -341,6 +350,14 @@ def _artifact_tasks(
                 disk_bytes=size_bytes if job.place.folder else 0, connections=0 if job.place.folder else TOGETHER
             ),
         )
+
+
+def _recipes(job: PlannedJob, quantize: Sequence[Task]) -> dict[str, int]:
+    """The versions of the steps that led to an artifact; calibrate is among them when it was calibrated."""
+    kinds: list[Kind] = ["fetch", "quantize", "assemble", "evaluate", "finish"]
+    if any(task.work.calibrated for task in quantize if isinstance(task.work, Work)):
+        kinds += ["calibrate", "propagate"] if job.target.has_chain else ["calibrate"]
+    return {kind: RECIPES[kind] for kind in sorted(kinds)}
 
 
 def _needs(target: Target) -> Iterator[Needs]:

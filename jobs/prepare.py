@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from converter import dataset, hub
+from converter import dataset, hub, signing
 from converter.adapt import adapt
 from converter.architecture import COMPUTED, check_blocks, find
 from converter.calibration import digest
@@ -36,7 +36,7 @@ from jobs.planner import Plan, build
 from jobs.store import Store
 from jobs.task import Task
 from jobs.texts import text_rows
-from jobs.work import Model, PlannedJob, Texts
+from jobs.work import Model, PlannedJob, Signed, Texts
 
 CONNECT_SECONDS = 5.0
 MEMORY_SHARE = 0.9
@@ -74,6 +74,7 @@ def prepare(manifest: Manifest, jobs: Sequence[Job], store: Store, cpus: int, de
     planned: list[PlannedJob] = []
     texts: dict[str, Texts] = {}
     manifest, unread = _pinned(manifest, store)
+    signed, unsigned = _signed(manifest)
     for job in jobs:
         name = job.model.name
         try:
@@ -85,7 +86,9 @@ def prepare(manifest: Manifest, jobs: Sequence[Job], store: Store, cpus: int, de
         try:
             if name in lost:
                 raise lost[name]
-            planned.append(_plan_job(manifest, job, models[name]))
+            if unsigned:
+                raise unsigned
+            planned.append(replace(_plan_job(manifest, job, models[name]), signed=signed))
         except HubmillError as error:
             own = name not in lost and job.target.where not in str(
                 error
@@ -151,6 +154,17 @@ def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
         notes += tuple(_idle_rules(target, artifact, unused))
     artifact = replace(artifact, notes=artifact.notes + notes)
     return PlannedJob(model=model, target=target, artifact=artifact, place=_place(manifest, job, model))
+
+
+def _signed(manifest: Manifest) -> tuple[Signed | None, HubmillError | None]:
+    """The key that artifacts are signed with, or why it cannot sign."""
+    if manifest.publish is None or manifest.publish.sign is None:
+        return None, None
+    key = Path(manifest.publish.sign.key)
+    try:
+        return Signed(key=key, fingerprint=signing.fingerprint(key, "publish.sign")), None
+    except HubmillError as error:
+        return None, error
 
 
 def _place(manifest: Manifest, job: Job, model: Model) -> Destination | None:

@@ -1,19 +1,17 @@
-"""What a run would do, is doing and has done, as plain data for the command line to print."""
+"""What a run would do, and what it is doing, as plain data for the command line to print."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from converter.compare.card import stated_licence
-from converter.compare.tables import read_comparison
 from converter.errors import SourceError
 from jobs.convert import Ready, Run
 from jobs.needs import chain_forwards, disk_bytes, memory_bytes
-from jobs.store import Store, file_sha256
+from jobs.store import Store
 from jobs.work import Model, PlannedJob
 
 
@@ -135,22 +133,3 @@ def is_running(store: Store) -> bool:
     except BlockingIOError:
         return True
     return False
-
-
-def verify(run: Path) -> list[str]:
-    """Every breach of what comparison.json lists, a sentence each; empty when all files are there and whole."""
-    found = read_comparison(run)
-    if found is None:
-        raise SourceError(
-            str(run), "there is no comparison.json", "Name a finished run's folder, such as out/quickstart"
-        )
-    problems = []
-    for row in found["artifacts"]:
-        folder = run / row["model"] / row["target"]
-        for item in row.get("files", ()):
-            path = folder / item["path"]
-            if not path.is_file():
-                problems.append(f"{path}: is missing. Run hubmill convert again.")
-            elif path.stat().st_size != item["bytes"] or file_sha256(path) != item["sha256"]:
-                problems.append(f"{path}: is not what was written. Remove it and run hubmill convert again.")
-    return problems

@@ -7,10 +7,12 @@ the task's output. Steps know nothing of Ray: the same function runs in this pro
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter import hub, tensor_file
+from converter import hub, provenance, signing, tensor_file
 from converter.calibrate import calibrate_block
 from converter.compare import card, evaluation
 from converter.containers.gguf.imatrix import Sums, open_imatrix, write_imatrix
@@ -29,6 +31,7 @@ from converter.hub_publish import HuggingFaceHub
 from converter.publish import Destination, FolderHub, Hub
 from converter.stats import pack
 from jobs.attempt import Attempt, decoder_of, here, original_of, rows_of
+from jobs.origin import conversion, file_digests, versions_of
 from jobs.propagate import propagate
 from jobs.quantize import part_file, quantize
 from jobs.store import Store, file_sha256, place, place_file
@@ -71,6 +74,7 @@ def run(task: Task, store: Store, threads: int, tell: Tell | None = None) -> Out
                 tell=both(reporter.tell, tell) if tell else reporter.tell,
             )
             STEPS[task.kind](attempt)
+            record["versions"] = versions_of(task, store)
             record["seconds"] = time.perf_counter() - start
             record["peak_bytes"] = _peak_bytes()
             note = str(record.get("note", ""))
@@ -92,7 +96,7 @@ def both(first: Tell, second: Tell) -> Tell:
 
 
 def fetch(attempt: Attempt) -> None:
-    """Bring the model's weights here; a model in a folder is here already."""
+    """Bring the model's weights here; a model in a folder is here already, and its files are only hashed."""
     snapshot = attempt.work.model.snapshot
     total = max(1, sum(snapshot.files.values()))
     arrived, alone = 0, Lock()
@@ -107,6 +111,7 @@ def fetch(attempt: Attempt) -> None:
         snapshot, attempt.store.downloads, f"model '{attempt.work.model.name}'", report=count, tell=attempt.tell
     )
     attempt.record["folder"] = str(fetched.folder)
+    attempt.record["files"] = file_digests(fetched, attempt.threads, attempt.report)
 
 
 def calibrate(attempt: Attempt) -> None:
@@ -249,7 +254,7 @@ def evaluate(attempt: Attempt) -> None:
 
 
 def finish(attempt: Attempt) -> None:
-    """Put the artifact under its final name, with its model card."""
+    """Put the artifact under its final name, with its model card and what it was made of."""
     work, store = attempt.work, attempt.store
     assert work.target is not None and work.artifact is not None
     model = work.model
@@ -258,8 +263,12 @@ def finish(attempt: Attempt) -> None:
     row = row_of(store, work)
     row["files"] = store.record(work.assembled)["files"]
     text = card.card_text(row, model.snapshot, work.target, work.repo, work.texts.calibration, work.texts.evaluation)
+    sums = {item["path"]: item["sha256"] for item in row["files"]}
+    sums["README.md"] = hashlib.sha256(text.encode()).hexdigest()
+    made = provenance.statement(sums, conversion(attempt.task, store))
     final = store.run / model.name / work.target.name
-    place(files, {"README.md": text}, final, attempt.store.work / "attempts")
+    complete = partial(signing.sign, key=work.sign_key, where=f"sign {attempt.task.subject}") if work.sign_key else None
+    place(files, {"README.md": text, provenance.FILE: made}, final, attempt.store.work / "attempts", complete)
     placed = list_files(final)
     expected = {item["path"]: item["sha256"] for item in row["files"]}
     damaged = [item["path"] for item in placed if expected.get(item["path"], item["sha256"]) != item["sha256"]]

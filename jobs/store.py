@@ -211,13 +211,21 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def place(files: Mapping[str, Path], texts: Mapping[str, str], final: Path, staging: Path) -> None:
+def place(
+    files: Mapping[str, Path],
+    texts: Mapping[str, str],
+    final: Path,
+    staging: Path,
+    complete: Callable[[Path], None] | None = None,
+) -> None:
     """Make `final` a folder with exactly these files (hard links where the disk allows) and texts.
 
-    A folder that is already there is moved aside into `staging` first, so what stands under the final name is always
-    whole: the old one, for an instant none, then the new one.
+    complete: adds what can only be made when they lie together. A folder that is already there is moved aside into
+    `staging` first, so what stands under the final name is always whole: the old one, for an instant none, then the
+    new one.
     """
-    fresh = staging / f"place.{uuid.uuid4().hex[:8]}"
+    around = staging / f"place.{uuid.uuid4().hex[:8]}"
+    fresh = around / final.name
     for name, source in files.items():
         target = fresh / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -225,6 +233,8 @@ def place(files: Mapping[str, Path], texts: Mapping[str, str], final: Path, stag
     for name, text in texts.items():
         (fresh / name).parent.mkdir(parents=True, exist_ok=True)
         write_text(fresh / name, text)
+    if complete is not None:
+        complete(fresh)
     sync_tree(fresh)
     final.parent.mkdir(parents=True, exist_ok=True)
     old = staging / f"old.{uuid.uuid4().hex[:8]}"
@@ -237,3 +247,4 @@ def place(files: Mapping[str, Path], texts: Mapping[str, str], final: Path, stag
         fresh.rename(final)
     sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+    around.rmdir()

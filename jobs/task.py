@@ -28,7 +28,7 @@ Kind = Literal[
 ]
 # Raise a number when a step writes other bytes for the same spec: everything that depends on it is then done again.
 RECIPES: dict[Kind, int] = {
-    "fetch": 1,
+    "fetch": 2,
     "calibrate": 1,
     "imatrix": 1,
     "propagate": 1,
@@ -36,7 +36,7 @@ RECIPES: dict[Kind, int] = {
     "assemble": 1,
     "reference": 1,
     "evaluate": 2,
-    "finish": 1,
+    "finish": 2,
     "publish": 1,
 }
 
@@ -61,7 +61,8 @@ class Task:
 
     subject: the model, or model/target, that it belongs to. spec: what decides its output, JSON values only. work: what
     the step needs to find its way (a frozen value from jobs/steps.py), nothing that would change the output.
-    temporary: its output may go as soon as every task that reads it is done.
+    temporary: its output may go as soon as every task that reads it is done. here: it runs with the driver, because it
+    needs what no other machine shall have.
     """
 
     kind: Kind
@@ -72,6 +73,7 @@ class Task:
     waits: tuple[str, ...] = ()
     resources: Resources = Resources()
     temporary: bool = False
+    here: bool = False
     block: int | None = None
 
     @cached_property

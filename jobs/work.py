@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from converter.architecture import Architecture, block_count
 from converter.containers import ArtifactPlan, TensorPlan
@@ -56,13 +57,25 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Signed:
+    """The private key that signs artifacts, and the fingerprint of its public half."""
+
+    key: Path
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlannedJob:
-    """One model in one target, with everything its artifact will hold. place: where it is published; None: nowhere."""
+    """One model in one target, with everything its artifact will hold.
+
+    place: where it is published; None: nowhere. signed: by which key; None: by none.
+    """
 
     model: Model
     target: Target
     artifact: ArtifactPlan
     place: Destination | None
+    signed: Signed | None = None
 
     @property
     def subject(self) -> str:
@@ -111,5 +124,6 @@ class Work:
     finished: str = ""
     repo: str = ""  # where the card says that the artifact is
     place: Destination | None = None
+    sign_key: Path | None = None  # of a finish task, which then runs with the driver
     device: str = "cpu"
     fetched: str = ""

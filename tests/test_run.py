@@ -20,8 +20,9 @@ from converter import manifest as manifests
 from converter.errors import UnsupportedError
 from converter.progress import Event
 from jobs.convert import Refused, Run, convert, only_run, plan
-from jobs.show import is_running, plan_json, status, verify
+from jobs.show import is_running, plan_json, status
 from jobs.store import Store
+from jobs.verify import verify
 from patience import PATIENCE_SECONDS
 from small_run import ROOT, TARGETS, write_manifest, write_model
 
@@ -126,12 +127,14 @@ def test_a_flipped_byte_is_found_and_mended(place: Path, finished: Path, removed
         byte = file.read(1)
         file.seek(5000)
         file.write(bytes([byte[0] ^ 1]))
-    assert verify(finished) == [f"{victim}: is not what was written. Remove it and run hubmill convert again."]
+    assert verify(str(finished), place).problems == [
+        f"{victim}: is not what was written. Remove it and run hubmill convert again."
+    ]
     if removed:
         victim.unlink()
     assert convert(a_run(place, "out"), Quiet()).exit_code == 0
     assert sums(finished) == before
-    assert verify(finished) == []
+    assert verify(str(finished), place).problems == []
 
 
 def test_status_tells_a_run_that_was_cut_from_one_that_works(place: Path, finished: Path) -> None:

@@ -20,6 +20,7 @@ from converter.compare import wording
 from converter.front_matter import HUB_NAME, read_front_matter
 from converter.manifest import Calibration, Evaluation, Target
 from converter.marks import Items, Node, Text
+from converter.provenance import FILE
 from converter.source import Snapshot
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
@@ -367,7 +368,8 @@ def _checksums(row: Mapping[str, Any]) -> str:
         return ""
     lines = ["## Files", "", "| file | bytes | sha256 |", "|---|---:|---|"]
     lines += [f"| {_cell(file['path'])} | {file['bytes']:,} | {code(file['sha256'])} |" for file in files]
-    return "\n".join([*lines, ""])
+    said = f"What it was made of, and with which versions, is in {code(FILE)}; `hubmill verify .` checks it all."
+    return "\n".join([*lines, "", said, ""])
 
 
 def _cell(text: str) -> str:

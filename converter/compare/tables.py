@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from converter.errors import SourceError
 
 FORMAT_VERSION = 1
+TABLES = ("comparison.parquet", "tensors.parquet")
 ARTIFACT_SCHEMA = pa.schema(
     [
         ("model", pa.string()),
@@ -112,6 +113,11 @@ def write_table(table: pa.Table, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.new")
     pq.write_table(table, temporary, compression="zstd", write_page_index=True)
     temporary.rename(path)
+
+
+def read_table(path: Path) -> int:
+    """The number of rows of a table that `write_table` wrote, all of them read. Raises ValueError or OSError."""
+    return int(pq.read_table(path).num_rows)
 
 
 def read_comparison(run: Path) -> dict[str, Any] | None:
