@@ -123,7 +123,7 @@ def plan(
     from jobs import show
 
     run = _run(manifest, out, only=only, device=device)
-    ready = run_module.plan(run)
+    ready = run_module.plan(run, print_error)
     if json:
         print_json(show.plan_json(run, ready))
     else:

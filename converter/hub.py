@@ -54,6 +54,7 @@ class Remote:
     endpoint: str
     token: str | None = field(default=None, repr=False)
     gated: bool = False
+    tell: Tell = field(default=hush, repr=False, compare=False)  # hears of waits
 
     def folder(self, cache: Path) -> Path:
         """Where this commit lies in a cache."""
@@ -72,11 +73,20 @@ class Remote:
             yield (start if response.status_code == 206 else 0), response.iter_bytes(CHUNK_BYTES)
 
 
-def resolve(source: str, cache: Path, where: str, *, endpoint: str | None = None, token: str | None = None) -> Snapshot:
+def resolve(
+    source: str,
+    cache: Path,
+    where: str,
+    *,
+    endpoint: str | None = None,
+    token: str | None = None,
+    tell: Tell = hush,
+) -> Snapshot:
     """The snapshot of "folder:path" or "hub:org/name[@revision]", without the weights of a hub.
 
     `cache` receives the small files of a hub's model, under its commit. `endpoint` and `token` default to what
-    huggingface_hub takes from the environment (HF_ENDPOINT, HF_TOKEN). Raises SourceError and UnsupportedError.
+    huggingface_hub takes from the environment (HF_ENDPOINT, HF_TOKEN); `tell` hears of waits, from several threads.
+    Raises SourceError and UnsupportedError.
     """
     scheme, _, name = source.partition(":")
     if scheme == "folder":
@@ -86,7 +96,7 @@ def resolve(source: str, cache: Path, where: str, *, endpoint: str | None = None
     repo, _, revision = name.partition("@")
     where = f"{where}: {repo}"
     with explained(where, repo, endpoint):
-        remote = look(repo, "model", revision or None, endpoint, token)
+        remote = replace(look(repo, "model", revision or None, endpoint, token, Patience(tell=tell)), tell=tell)
         for path in remote.sizes:
             check_path(path, where)
         folder = remote.folder(cache)
@@ -148,12 +158,13 @@ def fetch(
         checksums=snapshot.checksums,
         endpoint=endpoint or huggingface_hub.constants.ENDPOINT,
         token=token,
+        tell=tell,
     )
     folder = remote.folder(cache)
     small = {path for path, size in snapshot.files.items() if travels(path, size)}
     where = f"{where}: {snapshot.repo}"
     with explained(where, snapshot.repo, endpoint):
-        bring(remote, sorted(snapshot.weight_files | small), folder, where, report, tell)
+        bring(remote, sorted(snapshot.weight_files | small), folder, where, report)
     return replace(snapshot, folder=folder)
 
 
@@ -269,14 +280,12 @@ def read_part(remote: Remote, name: str, start: int, end: int) -> bytes:
                     break
         return bytes(data[start - begin : end - begin])
 
-    return patiently(read)
+    return patiently(read, Patience(tell=remote.tell))
 
 
-def bring(
-    remote: Remote, names: Iterable[str], folder: Path, where: str, report: Report | None, tell: Tell = hush
-) -> None:
+def bring(remote: Remote, names: Iterable[str], folder: Path, where: str, report: Report | None) -> None:
     """Download files into a folder, several at a time; those that are there with the right size are skipped."""
-    patience = Patience(tell=tell)
+    patience = Patience(tell=remote.tell)
 
     def download(name: str) -> None:
         path, part = folder / name, folder / ".parts" / f"{name}.part"
@@ -295,7 +304,7 @@ def bring(
                     return
                 part.unlink()
                 if again:
-                    tell(f"{name} arrived with another checksum than the hub states: it is fetched anew")
+                    remote.tell(f"{name} arrived with another checksum than the hub states: it is fetched anew")
             what = f"{name} arrived with another checksum than the hub states, twice"
             raise SourceError(where, what, "Run it again; if it stays so, a proxy or the hub alters files")
 

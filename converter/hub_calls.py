@@ -203,11 +203,17 @@ def explained(
     try:
         yield
     except FAULTS as error:
-        raise kind(where, *explain(error, repo, endpoint or huggingface_hub.constants.ENDPOINT)) from None
+        address = without_credentials(endpoint or huggingface_hub.constants.ENDPOINT)
+        raise kind(where, *explain(error, repo, address)) from None
     except OSError as error:
         raise kind(
             where, f"a file cannot be read or written: {error}", "Make room or mend the disk, then run it again"
         ) from error
+
+
+def without_credentials(address: str) -> str:
+    """An address as it may be shown: a proxy or an internal hub may have a name and a password in it."""
+    return re.sub(r"//[^/@]*@", "//", address)
 
 
 def explain(error: Exception, repo: str, endpoint: str) -> tuple[str, str]:

@@ -33,6 +33,7 @@ from converter.hub_calls import (
     overheard,
     patiently,
     wait_after,
+    without_credentials,
 )
 from converter.hub_rights import check_owner, rights_problems
 from converter.publish import Destination, Published, changed_since
@@ -54,7 +55,7 @@ class HuggingFaceHub:
     tell: Tell = field(default=hush, repr=False, compare=False)
 
     def problems(self, places: Sequence[Destination]) -> list[PublishError]:
-        return rights_problems(places, self.endpoint, self.token)
+        return rights_problems(places, self.endpoint, self.token, self.tell)
 
     def publish(self, place: Destination, folder: Path, files: Mapping[str, str], message: str) -> Published:
         where = f"publish {place.repo}"
@@ -133,7 +134,8 @@ class _Commits:
 
     @property
     def url(self) -> str:
-        return f"{self.client.endpoint}/{'' if self.place.kind == 'model' else 'datasets/'}{self.place.repo}"
+        endpoint = without_credentials(self.client.endpoint)
+        return f"{endpoint}/{'' if self.place.kind == 'model' else 'datasets/'}{self.place.repo}"
 
     def look(self, revision: str | None) -> Remote:
         return self.hub.look(self.place, revision, self.patience)

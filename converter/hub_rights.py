@@ -16,7 +16,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from converter.errors import PublishError
 from converter.hub import Remote, look, read_part
-from converter.hub_calls import TIMEOUT, api, explained, patiently, session, together
+from converter.hub_calls import TIMEOUT, Patience, Tell, api, explained, patiently, session, together
 from converter.provenance import FILE, LIMIT_BYTES, read_statement
 from converter.publish import Destination, check_origin
 
@@ -26,17 +26,19 @@ MARK = b"quantized_by: hubmill"
 PROBE = {"files": [{"path": CARD, "sample": "IyA=", "size": 2}]}  # what an upload of a card would ask first
 
 
-def rights_problems(places: Sequence[Destination], endpoint: str | None, token: str | None) -> list[PublishError]:
+def rights_problems(
+    places: Sequence[Destination], endpoint: str | None, token: str | None, tell: Tell
+) -> list[PublishError]:
     """Why publishing to these places could not succeed: what concerns the token first, then place by place."""
     client = api(endpoint, token)
     try:
         with explained("publish", "this account", endpoint, PublishError):
-            account = Account(who=patiently(client.whoami))
+            account = Account(who=patiently(client.whoami, Patience(tell=tell)))
     except PublishError as error:
         return [error]
     if account.reads_only:
         return [PublishError("publish", "the token can only read", "Set HF_TOKEN to a token with write access")]
-    rights = _Rights(account=account, endpoint=endpoint, token=token)
+    rights = _Rights(account=account, endpoint=endpoint, token=token, patience=Patience(tell=tell))
     found = [error for errors in together(rights.problems, places, Event()) for error in errors]
     return list({str(error): error for error in found}.values())  # what lacks for an owner is told once
 
@@ -81,6 +83,7 @@ class _Rights:
     account: Account
     endpoint: str | None
     token: str | None = field(repr=False)
+    patience: Patience
 
     def problems(self, place: Destination) -> list[PublishError]:
         """What stands against publishing to one place."""
@@ -96,7 +99,7 @@ class _Rights:
         owner = owner or self.account.name
         repo = f"{owner}/{name}"
         try:
-            main = look(repo, place.kind, None, self.endpoint, self.token)
+            main = look(repo, place.kind, None, self.endpoint, self.token, self.patience)
         except RepositoryNotFoundError:
             main = None
         if main is None and (owner not in self.account.writable or self.account.lacks(owner, repo, "repo.write")):
@@ -112,7 +115,7 @@ class _Rights:
         head = main
         if place.branch:
             try:
-                head = look(repo, place.kind, place.branch, self.endpoint, self.token)
+                head = look(repo, place.kind, place.branch, self.endpoint, self.token, self.patience)
             except RevisionNotFoundError:
                 return
             if head.commit == main.commit:
@@ -142,7 +145,7 @@ class _Rights:
             hf_raise_for_status(response)
 
         try:
-            patiently(ask)
+            patiently(ask, self.patience)
         except HfHubHTTPError as error:
             if error.response.status_code == 403:
                 return False

@@ -47,6 +47,11 @@ class Destination:
     origin: str = ""
 
     @property
+    def address(self) -> str:
+        """The name to load it by: owner/name, with @branch where it lies on one."""
+        return f"{self.repo}@{self.branch}" if self.branch else self.repo
+
+    @property
     def folder(self) -> Path | None:
         """The folder that is the hub; None for a hub on the network."""
         kind, _, rest = self.hub.partition(":")

@@ -18,6 +18,7 @@ import torch
 
 from converter.compare import report, tables
 from converter.errors import HubmillError, ManifestError, UnsupportedError
+from converter.hub_calls import Tell, hush
 from converter.lock import lock_text, portable, read_lock
 from converter.manifest import Job, Manifest
 from converter.progress import Display, Event
@@ -103,11 +104,11 @@ class Ready:
     reasons: tuple[str, ...]
 
 
-def plan(run: Run) -> Ready:
-    """Everything `convert` would do."""
+def plan(run: Run, tell: Tell = hush) -> Ready:
+    """Everything `convert` would do. tell: hears of waits for hubs."""
     chosen = run.chosen()
     here = room(run.store.run)
-    prepared = prepare(run.manifest, run.manifest.jobs(), run.store, here.cpus, run.device)
+    prepared = prepare(run.manifest, run.manifest.jobs(), run.store, here.cpus, run.device, tell)
     graph = prepared.plan.graph
     done = finished(graph, run.store)
     models = {name.rpartition("/")[0] for name in chosen}
@@ -127,7 +128,7 @@ def plan(run: Run) -> Ready:
     reasons += [str(lack) for lack in shortages(tasks, here, run.address is None, str(run.store.run))]
     if needed:
         places = [job.place for job in prepared.plan.jobs if job.place and job.subject in chosen]
-        reasons += [str(problem) for problem in open_hub(places[0]).problems(places)] if places else []
+        reasons += [str(problem) for problem in open_hub(places[0], tell).problems(places)] if places else []
     return Ready(
         prepared=prepared,
         room=here,
@@ -142,7 +143,7 @@ def convert(run: Run, display: Display) -> Result:
     check_owner(run)
     planning = Event(task="plan", subject=run.manifest.name, state="start", title="plan")
     display.show(planning)
-    ready = plan(run)
+    ready = plan(run, lambda note: display.show(replace(planning, state="note", note=note)))
     if ready.reasons:
         others = bool(ready.prepared.plan.jobs) and bool(ready.prepared.problems) and not run.skip_unsupported
         hint = ("Nothing was started. --skip-unsupported leaves out what cannot be done and does the rest.",)
@@ -187,6 +188,10 @@ def publish(run: Run, display: Display) -> Result:
     ]
     if not todo:
         raise UnsupportedError(str(store.run), "nothing is finished yet", "Run hubmill convert first")
+    works = [graph.tasks[key].work for key in todo]
+    places = [work.place for work in works if isinstance(work, Work) and work.place]
+    if problems := open_hub(places[0]).problems(places):
+        raise Refused([str(problem) for problem in problems])
     with only_run(store):
         state = drive(graph, todo, ready.done - set(todo), InProcess(ready.room.cpus), store, display.show)
     failures = tuple((graph.tasks[key].title, error) for key, error in state.failed.items())

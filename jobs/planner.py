@@ -316,7 +316,7 @@ def _artifact_tasks(
     )
     yield evaluate
     # Only on a hub that people can reach by its name does the card tell them to load the artifact from there.
-    place = job.place.repo if job.place and job.place.folder is None else ""
+    place = job.place.address if job.place and job.place.folder is None else ""
     finish = Task(
         kind="finish",
         subject=job.subject,

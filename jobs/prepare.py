@@ -23,6 +23,7 @@ from converter.containers import ArtifactPlan
 from converter.containers.tables import CONTAINERS
 from converter.errors import HubmillError, SourceError, UnsupportedError
 from converter.expression import evaluate
+from converter.hub_calls import Tell, hush
 from converter.manifest import Job, Manifest, Target
 from converter.methods import Needs
 from converter.methods.tables import NEEDS
@@ -66,8 +67,10 @@ class Room:
         return int(MEMORY_SHARE * self.memory_bytes)
 
 
-def prepare(manifest: Manifest, jobs: Sequence[Job], store: Store, cpus: int, device: str) -> Prepared:
-    """Plan these jobs of the manifest."""
+def prepare(
+    manifest: Manifest, jobs: Sequence[Job], store: Store, cpus: int, device: str, tell: Tell = hush
+) -> Prepared:
+    """Plan these jobs of the manifest. tell: hears of waits for hubs."""
     problems: dict[str, str] = {}
     models: dict[str, Model] = {}
     lost: dict[str, HubmillError] = {}  # by model
@@ -79,7 +82,7 @@ def prepare(manifest: Manifest, jobs: Sequence[Job], store: Store, cpus: int, de
         name = job.model.name
         try:
             if name not in models and name not in lost:
-                models[name] = _open(job, store)
+                models[name] = _open(job, store, tell)
                 texts[name] = _texts(manifest, unread, models[name], store)
         except HubmillError as error:
             lost[name] = error
@@ -99,10 +102,10 @@ def prepare(manifest: Manifest, jobs: Sequence[Job], store: Store, cpus: int, de
     return Prepared(manifest=manifest, plan=plan, problems=problems, commits=commits)
 
 
-def _open(job: Job, store: Store) -> Model:
+def _open(job: Job, store: Store, tell: Tell) -> Model:
     """The job's model, its config.json and its weights found to be of the same model."""
     where = f"model '{job.model.name}'"
-    snapshot = replace(hub.resolve(job.model.source, store.downloads, where), name=job.model.name)
+    snapshot = replace(hub.resolve(job.model.source, store.downloads, where, tell=tell), name=job.model.name)
     try:
         architecture = find(snapshot.config, where)
     except UnsupportedError:  # its weights can still be rounded; what needs more says so in _plan_job

@@ -116,6 +116,13 @@ def test_every_format_has_its_tag_and_a_way_to_load_it(format: str, tmp_path: Pa
     assert any("me/small-q8" in snippet or "model.parquet" in snippet for snippet in snippets)
 
 
+@pytest.mark.parametrize(("format", "said"), [("gguf", "--revision gguf/q8"), ("gptq", 'revision="gguf/q8"')])
+def test_artifact_on_a_branch_is_loaded_from_there(format: str, said: str, tmp_path: Path) -> None:
+    row = row_of("t", format, STORES[format][-1], 8.0, 0.1)
+    assert said in made(tmp_path, row, repo="me/small@gguf/q8")
+    assert "revision" not in made(tmp_path, row, repo="me/small")
+
+
 def test_every_method_is_explained() -> None:
     assert set(card.METHODS) == {name for names in METHODS.values() for name in names}
     assert set(card.LOADING) == set(STORES)

@@ -393,3 +393,40 @@ def test_file_that_ends_early_without_an_error_is_a_cut(hub_server: HubServer, t
     hub_server.fail("GET", WEIGHTS, status=200, times=9)  # a proxy's empty page
     with pytest.raises(SourceError, match="was cut"):
         fetch(snapshot, tmp_path, "test", endpoint=hub_server.url)
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_password_in_the_address_of_a_hub_is_not_shown(hub_server: HubServer, tmp_path: Path, status: int) -> None:
+    hub_server.fail("GET", "/api/", status=status, times=9)
+    address = hub_server.url.replace("//", "//user:secret@")
+    with pytest.raises(SourceError) as caught:
+        resolve("hub:owner/model", tmp_path, "test", endpoint=address)
+    assert "secret" not in repr(caught.value) and "127.0.0.1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a": b"a file", "a/config.json": b"below it"},
+        {"x" * 300 + ".json": b"a name too long for a disk"},
+        {"/".join(["deep"] * 2000) + "/a.json": b"a path too long"},
+    ],
+)
+def test_listing_that_no_disk_can_hold_is_an_error_and_no_crash(
+    hub_server: HubServer, tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    hub_server.add("owner/model", model_files() | files)
+    with pytest.raises(SourceError, match="cannot be read or written"):
+        resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
+
+
+def test_file_that_is_longer_than_the_hub_states_fills_no_disk(hub_server: HubServer, tmp_path: Path) -> None:
+    """More than its listing states is not written, and what is written has another checksum."""
+    files = model_files()
+    commit = hub_server.add("owner/model", files)
+    snapshot = resolve("hub:owner/model", tmp_path, "test", endpoint=hub_server.url)
+    name = "model-00001-of-00002.safetensors"
+    hub_server.repos["models", "owner/model"].commits[commit][name] = b"x" * (len(files[name]) + (8 << 20))
+    with pytest.raises(SourceError, match="another checksum"):
+        fetch(snapshot, tmp_path, "test", endpoint=hub_server.url)
+    assert not list(snapshot.folder.rglob(f"*{name}*.part"))

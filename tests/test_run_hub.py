@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -40,14 +42,18 @@ publish: {{hub: hf, repo: "owner/{{model}}-{{target}}"}}
 """
 
 
+def environment(server: HubServer, token: str | None = WRITER) -> dict[str, str]:
+    """What tells a process of the hub."""
+    found = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    found |= {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(ROOT / "no-such-home")}
+    return found | ({"HF_TOKEN": token} if token else {})
+
+
 def hubmill(server: HubServer, *arguments: object, token: str | None = WRITER) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(ROOT / "no-such-home")}
-    if token:
-        environment["HF_TOKEN"] = token
     command = [sys.executable, "-m", "converter.cli", *map(str, arguments)]
+    settings = environment(server, token)
     return subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=PATIENCE_SECONDS, check=False
+        command, capture_output=True, text=True, env=settings, cwd=ROOT, timeout=PATIENCE_SECONDS, check=False
     )
 
 
@@ -64,9 +70,15 @@ def test_a_model_goes_from_hub_to_hub_once_and_follows_new_commits(
     hub_server: HubServer, manifest: Path, tmp_path: Path
 ) -> None:
     arguments = ("convert", manifest, "--out", tmp_path / "out", "--executor", "inprocess", "--json")
+    for method, path in (("GET", "/api/models/"), ("GET", r"\.safetensors$"), ("POST", "/commit/main")):
+        hub_server.fail(method, path, status=429, headers={"Retry-After": "1"}, skip=int("safetensors" in path))
     first = hubmill(hub_server, *arguments)
     assert first.returncode == 0, first.stdout + first.stderr
     run = tmp_path / "out" / "hubs"
+    notes = [json.loads(line) for line in first.stdout.splitlines() if '"state": "note"' in line]
+    waited = [note["task"].partition("-")[0] for note in notes if note["note"].endswith("goes on in 1 s")]
+    assert waited == ["plan", "fetch", "publish"], "each wait that a hub asks for is told"
+    assert (run / ".work" / "events.jsonl").read_text().count("goes on in 1 s") == 2, "and is in the log"
     for kind, target in (("models", "q8-0"), ("datasets", "int8")):
         folder = run / "small" / target
         ours = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -86,6 +98,35 @@ def test_a_model_goes_from_hub_to_hub_once_and_follows_new_commits(
     assert third.returncode == 0, third.stdout + third.stderr
     assert commit in (run / "manifest.lock.yaml").read_text()
     assert len(hub_server.requests("POST", "/commit/")) == commits + 2
+
+
+def test_a_run_that_is_killed_while_it_publishes_is_completed_and_not_doubled(
+    hub_server: HubServer, manifest: Path, tmp_path: Path
+) -> None:
+    """Killed when its first commit has landed and is not answered, and then when its second one is on its way."""
+    command = [sys.executable, "-m", "converter.cli", "convert", str(manifest), "--out", str(tmp_path / "out")]
+    command += ["--executor", "inprocess", "--json"]
+    for fault in ({"stall": PATIENCE_SECONDS}, {"stall": PATIENCE_SECONDS, "status": 503}):
+        seen = len(hub_server.requests("POST", "/commit/"))
+        hub_server.fail("POST", "/commit/main", **fault)  # type: ignore[arg-type]
+        process = subprocess.Popen(command, env=environment(hub_server), cwd=ROOT, stdout=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while len(hub_server.requests("POST", "/commit/")) == seen:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    last = hubmill(hub_server, *command[3:])
+    assert last.returncode == 0, last.stdout + last.stderr
+    for kind, target in (("models", "q8-0"), ("datasets", "int8")):
+        place = hub_server.repos[kind, f"owner/small-{target}"]
+        folder = tmp_path / "out" / "hubs" / "small" / target
+        assert hub_server.files(f"owner/small-{target}", kind) == {
+            path.name: path.read_bytes() for path in folder.iterdir()
+        }
+        assert len(place.commits) == 2, "the one that made the repo, and ours"
 
 
 @pytest.mark.ray

@@ -65,8 +65,8 @@ def card_text(
 ) -> str:
     """The model card of one artifact.
 
-    row: its row of the comparison, with the original's figures in row["source"]; repo: where it will be published,
-    empty for nowhere; evaluation: the text behind the figures, named when it is given.
+    row: its row of the comparison, with the original's figures in row["source"]; repo: where it will be published, as
+    owner/name or owner/name@branch, empty for nowhere; evaluation: the text behind the figures, named when it is given.
     """
     inherited, problem = read_front_matter(snapshot.folder)
     parts = [
@@ -279,15 +279,16 @@ def _weights(row: Mapping[str, Any], pattern: str) -> list[str]:
     return sorted(wording.one_line(file["path"]) for file in row["files"] if fnmatch(file["path"], pattern))
 
 
-def _load_gguf(row: Mapping[str, Any], target: Target, place: str) -> Sequence[Snippet]:
+def _load_gguf(row: Mapping[str, Any], target: Target, place: str, branch: str) -> Sequence[Snippet]:
     file = shlex.quote((_weights(row, "*.gguf") or ["model.gguf"])[0])
-    lines = [f"hf download {place} {file} --local-dir ."] if place != "." else []
+    revision = f" --revision {shlex.quote(branch)}" if branch else ""
+    lines = [f"hf download {place} {file}{revision} --local-dir ."] if place != "." else []
     program, more = ("llama-embedding", "") if "embedding_cosine" in row["output"] else ("llama-cli", " -n 64")
     lines.append(f'{program} -m {file} -p "Once upon a time"{more}')
     return [Snippet(said="With llama.cpp:", language="sh", lines=lines)]
 
 
-def _load_transformers(row: Mapping[str, Any], target: Target, place: str) -> Sequence[Snippet]:
+def _load_transformers(row: Mapping[str, Any], target: Target, place: str, branch: str) -> Sequence[Snippet]:
     asymmetric = target.symmetric is False and target.format == "compressed-tensors"
     embeds = "embedding_cosine" in row["output"]
     loader = "AutoModel" if embeds else "AutoModelForCausalLM"
@@ -295,11 +296,12 @@ def _load_transformers(row: Mapping[str, Any], target: Target, place: str) -> Se
     if asymmetric:
         lines.append("from transformers.utils.quantization_config import CompressedTensorsConfig")
     config = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if asymmetric else ""
+    revision = f", revision={json.dumps(branch)}" if branch else ""
     lines += [
         "",
         f"place = {json.dumps(place)}",
-        "tokenizer = AutoTokenizer.from_pretrained(place)",
-        f"model = {loader}.from_pretrained(place{config})",
+        f"tokenizer = AutoTokenizer.from_pretrained(place{revision})",
+        f"model = {loader}.from_pretrained(place{revision}{config})",
         'prompt = tokenizer("Once upon a time", return_tensors="pt")',
         "print(model(**prompt).last_hidden_state.shape)"
         if embeds
@@ -309,7 +311,7 @@ def _load_transformers(row: Mapping[str, Any], target: Target, place: str) -> Se
     return [Snippet(said=said, language="python", lines=lines)]
 
 
-def _load_parquet(row: Mapping[str, Any], target: Target, place: str) -> Sequence[Snippet]:
+def _load_parquet(row: Mapping[str, Any], target: Target, place: str, branch: str) -> Sequence[Snippet]:
     files = _weights(row, "model*.parquet")
     table = files[0] if len(files) == 1 else "model*.parquet"
     select = "SELECT layer_name, quant_type, sum(num_params) AS weights, sum(octet_length(data)) AS bytes"
@@ -328,7 +330,7 @@ def _load_parquet(row: Mapping[str, Any], target: Target, place: str) -> Sequenc
     ]
 
 
-LOADING: Mapping[str, Callable[[Mapping[str, Any], Target, str], Sequence[Snippet]]] = {
+LOADING: Mapping[str, Callable[[Mapping[str, Any], Target, str, str], Sequence[Snippet]]] = {
     "gguf": _load_gguf,
     **dict.fromkeys(EXTRAS, _load_transformers),
     "parquet": _load_parquet,
@@ -337,9 +339,10 @@ LOADING: Mapping[str, Callable[[Mapping[str, Any], Target, str], Sequence[Snippe
 
 def _how_loaded(row: Mapping[str, Any], target: Target, repo: str) -> str:
     """A snippet for each usual reader, with the real names of repository and files."""
-    place = repo if HUB_NAME.fullmatch(repo) else "."
+    name, _, branch = repo.partition("@")
+    place, branch = (name, branch) if HUB_NAME.fullmatch(name) else (".", "")
     lines = ["## How to load it", ""]
-    for snippet in LOADING[target.format](row, target, place):
+    for snippet in LOADING[target.format](row, target, place, branch):
         lines += [snippet.said, "", f"```{snippet.language}", *snippet.lines, "```", ""]
     return "\n".join(lines)
 
