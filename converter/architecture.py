@@ -29,6 +29,7 @@ Runs = Literal["decoder", "encoder", "none"]
 MISMATCH = "Config.json and weights are of different models, or a file is missing: fetch both again"
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # where config.json counts a block's experts
 MOST_EXPERTS = 4096
+EXPERT_INPUT, EXPERT_MIDDLE = "expert_input", "expert_middle"  # what the taps of experts are called, before a number
 BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # where it counts the blocks
 DECODER_BLOCKS = "num_decoder_layers"  # where a model of an encoder and a decoder counts the latter's
 # How models of pictures and text name their language model: what a name starts with alone, and inside of those.
@@ -270,8 +271,8 @@ class Architecture:
                 for folding in self.foldings
                 if "{e}" in folding.tap
             ]
-            taps.append(Tap(name=f"expert_input.{e}", linears=(f"{own}.{gate}", f"{own}.{up}")))
-            taps.append(Tap(name=f"expert_middle.{e}", linears=(f"{own}.{down}",)))
+            taps.append(Tap(name=f"{EXPERT_INPUT}.{e}", linears=(f"{own}.{gate}", f"{own}.{up}")))
+            taps.append(Tap(name=f"{EXPERT_MIDDLE}.{e}", linears=(f"{own}.{down}",)))
         return replace(self, experts=experts, taps=tuple(taps), foldings=tuple(foldings))
 
 

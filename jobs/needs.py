@@ -114,7 +114,20 @@ def quantize_bytes(job: PlannedJob, block: int | None, gram: bool) -> int:
     weights = sum(math.prod(shape) for shape in shapes) if block is not None else 0
     widest = max((math.prod(shape) for shape in shapes), default=0)
     columns = max((shape[-1] for shape in shapes), default=0) if gram else 0
-    return WORKER_BYTES + F32_BYTES * (weights + 3 * widest + GRAMS * columns**2)
+    experts = _expert_grams(job.model, block) if gram and block is not None else 0
+    return WORKER_BYTES + F32_BYTES * (weights + 3 * widest + GRAMS * columns**2 + experts)
+
+
+def _expert_grams(model: Model, block: int) -> int:
+    """Values of the Gram matrices of a block's experts, all there at once, rare ones twice, and of the layer's."""
+    assert model.architecture is not None
+    widths = _tap_widths(model, block)
+    own = [
+        widths[tap.name] ** 2
+        for tap in model.architecture.taps
+        if tap.name in widths and model.architecture.is_routed(tap)
+    ]
+    return 2 * sum(own) + 2 * max(own, default=0)
 
 
 def stages_bytes(job: PlannedJob, texts: Texts, block: int) -> int:

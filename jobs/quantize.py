@@ -5,7 +5,7 @@ Targets whose rows do not depend on each other go through stream.py a slab at a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +18,7 @@ from converter.containers.gguf.operations import apply_preparation
 from converter.methods import Block, Options
 from converter.methods.ranges import fix_inputs, largest_kept, share_ranges
 from converter.methods.tables import NEEDS, ROUNDERS, TRANSFORMS
+from converter.rare_experts import blended
 from converter.stats import TapStats, unpack
 from jobs import stream
 from jobs.attempt import Attempt, here, read
@@ -35,31 +36,45 @@ def quantize(attempt: Attempt) -> None:
     model = here(attempt)
     inside = model.architecture if block is not None else None
     prefix = inside.prefix(block) if inside and block is not None else ""
+    stats, rare = blended(_statistics(attempt), inside.taps if inside else ())
     state = Block(
         where=attempt.task.subject + (f" block {block}" if block is not None else ""),
         tensors={},
-        stats=_statistics(attempt),
+        stats=stats,
         taps=inside.taps if inside else (),
         foldings=inside.foldings if inside else (),
     )
     notes: dict[str, str] = {}
+    _add(notes, _of_taps(rare, work.tensors, state, prefix))
     importance: Mapping[str, Tensor] = {}  # by name in the artifact, where it is not the statistics'
     if weighing := coverage.weighing_of(work.target):
         coverage.check_unchanged(weighing, work.imatrix_sha256)
-        importance = coverage.importance_of(weighing, work.tensors, notes.__setitem__)
+        importance = coverage.importance_of(weighing, work.tensors, lambda name, what: _add(notes, {name: what}))
     elif work.target.collects_imatrix:
-        importance = coverage.unreached(work.tensors, state, prefix, notes.__setitem__)
+        importance = coverage.unreached(work.tensors, state, prefix, lambda name, what: _add(notes, {name: what}))
     if streams(work.target):
-        notes.update(_stream(attempt, model, state, prefix, importance))
+        _add(notes, _stream(attempt, model, state, prefix, importance))
     else:
         names = [tensor.name for tensor in work.tensors]
         groups = [names] if block is not None else [[name] for name in names]
         for done, group in enumerate(groups):
-            notes.update(_round_group(attempt, model, group, state, prefix, importance))
+            _add(notes, _round_group(attempt, model, group, state, prefix, importance))
             attempt.report((done + 1) / len(groups))
-    for name in _unmatched(attempt, state, prefix):
-        notes[name] = "; ".join([*([notes[name]] if name in notes else []), UNMATCHED])
+    _add(notes, dict.fromkeys(_unmatched(attempt, state, prefix), UNMATCHED))
     attempt.record["notes"] = notes
+
+
+def _add(notes: dict[str, str], more: Mapping[str, str]) -> None:
+    """Add notes by name to those that are there, behind what they say already."""
+    notes.update({name: f"{notes[name]}; {said}" if name in notes else said for name, said in more.items()})
+
+
+def _of_taps(said: Mapping[str, str], tensors: Sequence[TensorPlan], state: Block, prefix: str) -> Mapping[str, str]:
+    """What is said of taps, by the checkpoint names of those of `tensors` that are rounded with them."""
+    of = {
+        f"{prefix}{linear}.weight": said[tap.name] for tap in state.taps if tap.name in said for linear in tap.linears
+    }
+    return {tensor.source: of[tensor.source] for tensor in tensors if tensor.quantized and tensor.source in of}
 
 
 def _unmatched(attempt: Attempt, state: Block, prefix: str) -> Iterator[str]:

@@ -24,6 +24,7 @@ from converter.grids import Coded, Grid
 from converter.methods import Block, Options, Rounded
 from converter.methods.ranges import fix_inputs, largest_kept
 from converter.methods.tables import NEEDS, ROUNDERS
+from converter.rare_experts import blended
 from converter.schemes import Activations, Observer
 from converter.stats import pack, unpack
 from jobs.attempt import Attempt, decoder_of, original_of
@@ -84,6 +85,7 @@ def round_in_stages(
                 stage=stage,
             )
             stats |= unpack({name: tensor.cpu() for name, tensor in pack(found).items()})  # where the weights are
+            stats, _ = blended(stats, [tap for tap in state.taps if tap.name in taps])
         own = replace(state, stats=stats, tensors={name: state.tensors[name] for name in names})
         rounded = rounder(own, {name: grids[name] for name in names}, options)
         coded.update(rounded.coded)

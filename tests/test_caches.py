@@ -134,7 +134,7 @@ def test_keys_and_values_of_any_family_are_those_that_attention_hands_to_its_cac
     model = tiny.save(tmp_path)
     rows = torch.arange(40).reshape(2, 20) + 5
     with torch.no_grad():
-        layers = model(rows, use_cache=True).past_key_values
+        layers = model(rows, use_cache=True).get("past_key_values")  # Mamba keeps something else
     snapshot = open_folder(tmp_path, name)
     snapshot, architecture = adapt(snapshot, find(snapshot.config, name), name)
     decoder = Decoder(tmp_path, architecture, name, stored=snapshot.tensors)
