@@ -141,7 +141,14 @@ def chain_of(place: Path, store: Store, target: str, block: int, threads: int) -
         assert steps.run(graph.tasks[key], store, threads).error == ""
     assert isinstance(task.work, Work)
     attempt = Attempt(
-        task=task, work=task.work, store=store, folder=store.run, record={}, threads=1, report=lambda share: None
+        task=task,
+        work=task.work,
+        store=store,
+        folder=store.run,
+        record={},
+        threads=1,
+        report=lambda share: None,
+        tell=lambda text: None,
     )
     return task, attempt
 

@@ -47,7 +47,14 @@ def rows_of_tap(finished: tuple[Run, Plan], tap: str) -> Tensor:
     task = next(task for task in prepared.graph.tasks.values() if task.kind == "calibrate")
     assert isinstance(task.work, Work)
     attempt = Attempt(
-        task=task, work=task.work, store=run.store, folder=run.out, record={}, threads=1, report=lambda fraction: None
+        task=task,
+        work=task.work,
+        store=run.store,
+        folder=run.out,
+        record={},
+        threads=1,
+        report=lambda fraction: None,
+        tell=lambda text: None,
     )
     model = task.work.model
     decoder, original = decoder_of(attempt, model), original_of(attempt, model)
