@@ -262,6 +262,9 @@ class _Commits:
         """The failure, when it is one that `explained` knows; the client's other errors have no words worth showing."""
         if isinstance(failure, FAULTS):
             return failure
+        if isinstance(failure, (ConnectionError, TimeoutError)):  # of hf_xet, which has tried for minutes by then
+            what = f"the connection to the hub's store failed or was cut ({type(failure).__name__})"
+            return PublishError(self.where, what, "Check the network and run it again; what is uploaded stays")
         what = f"the hub's answer was not understood ({type(failure).__name__})"
         remedy = "Check that it is a Hugging Face hub, with HF_HUB_DISABLE_XET=1 if it has no xet"
         return PublishError(self.where, what, remedy)

@@ -140,13 +140,12 @@ class _Look:
     def sha256(self, path: Path) -> str:
         """The file's sha256, which is taken once."""
         if path not in self._sums:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while chunk := file.read(CHUNK_BYTES):
-                    digest.update(chunk)
-                    self.found.size_bytes += len(chunk)
-                    self._progress(path.name, min(1.0, self.found.size_bytes / self._todo_bytes))
-            self._sums[path] = digest.hexdigest()
+
+            def count(size_bytes: int) -> None:
+                self.found.size_bytes += size_bytes
+                self._progress(path.name, min(1.0, self.found.size_bytes / max(1, self._todo_bytes)))
+
+            self._sums[path] = hash_file(path, count)
             self.found.files += 1
         return self._sums[path]
 
@@ -212,6 +211,16 @@ class _Look:
 
         hub.bring_files(remote, list(remote.sizes), folder, source, count)
         self.artifact(folder, FETCH)
+
+
+def hash_file(path: Path, report: Callable[[int], None]) -> str:
+    """The sha256 (hex) of a file; `report` is told the bytes that were just read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            report(len(chunk))
+    return digest.hexdigest()
 
 
 def _differences(remote: hub.Remote, made: provenance.Read) -> Iterator[str]:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -61,6 +62,12 @@ def is_lfs(path: str, size: int) -> bool:
     return path.endswith(LFS_SUFFIXES) and size > 0
 
 
+@lru_cache(256)  # a listing names every file's
+def sha256_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@lru_cache(256)
 def blob_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
@@ -109,7 +116,7 @@ async def info(hub: HubServer, request: Request, match: re.Match[str]) -> Respon
         if "blobs" in request.query_params:
             entry |= {"size": len(data), "blobId": blob_id(data)}
             if is_lfs(name, len(data)):
-                entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+                entry["lfs"] = {"sha256": sha256_of(data), "size": len(data), "pointerSize": 130}
         siblings.append(entry)
     return JSONResponse(
         {
@@ -143,7 +150,7 @@ async def resolve(hub: HubServer, request: Request, match: re.Match[str]) -> Res
     lfs = is_lfs(match["path"], len(data))
     headers = {
         "X-Repo-Commit": commit,
-        "ETag": f'"{hashlib.sha256(data).hexdigest() if lfs else blob_id(data)}"',
+        "ETag": f'"{sha256_of(data) if lfs else blob_id(data)}"',
         "X-Linked-Size": str(len(data)),
         "Accept-Ranges": "bytes",
     }
@@ -176,10 +183,16 @@ async def preupload(hub: HubServer, request: Request, match: re.Match[str]) -> R
     for file in (await request.json())["files"]:
         name, lfs = file["path"], is_lfs(file["path"], file["size"])
         data = place.commits[place.named(match["revision"])].get(name)
-        oid = None if data is None else hashlib.sha256(data).hexdigest() if lfs else blob_id(data)
+        oid = None if data is None else sha256_of(data) if lfs else blob_id(data)
         mode = "lfs" if lfs else "regular"
         answers.append({"path": name, "uploadMode": mode, "shouldIgnore": name in hub.ignored, "oid": oid})
     return JSONResponse({"files": answers})
+
+
+async def xet_token(hub: HubServer, request: Request, match: re.Match[str]) -> Response:
+    expiry = 4_000_000_000
+    headers = {"X-Xet-Cas-Url": hub.store, "X-Xet-Access-Token": "xet_secret", "X-Xet-Token-Expiration": str(expiry)}
+    return JSONResponse({"casUrl": hub.store, "accessToken": "xet_secret", "exp": expiry}, headers=headers)
 
 
 async def batch(hub: HubServer, request: Request, match: re.Match[str]) -> Response:
@@ -201,7 +214,7 @@ async def batch(hub: HubServer, request: Request, match: re.Match[str]) -> Respo
 
 async def put_object(hub: HubServer, request: Request, match: re.Match[str]) -> Response:
     data = await request.body()
-    if hashlib.sha256(data).hexdigest() != match["oid"]:
+    if sha256_of(data) != match["oid"]:
         return refuse(400, "", "checksum differs")
     hub.objects[match["oid"]] = data
     return Response(b"")
@@ -215,7 +228,7 @@ async def put_part(hub: HubServer, request: Request, match: re.Match[str]) -> Re
 async def complete(hub: HubServer, request: Request, match: re.Match[str]) -> Response:
     numbers = sorted(part["partNumber"] for part in (await request.json())["parts"])
     data = b"".join(hub.parts.pop((match["oid"], number)) for number in numbers)
-    if hashlib.sha256(data).hexdigest() != match["oid"]:
+    if sha256_of(data) != match["oid"]:
         return refuse(400, "", "checksum differs")
     hub.objects[match["oid"]] = data
     return JSONResponse({})
@@ -343,6 +356,7 @@ ROUTES: list[tuple[tuple[str, ...], str, Handler]] = [
     (("GET",), API + r"/revision/(?P<revision>.+)", info),
     (("POST",), API + r"/preupload/(?P<revision>.+)", preupload),
     (("POST",), API + r"/commit/(?P<revision>.+)", commit),
+    (("GET",), API + r"/xet-write-token/(?P<revision>.+)", xet_token),
     (("POST",), API + r"/branch/(?P<branch>.+)", branch),
     (("GET",), API + r"/discussions", discussions),
     (("POST",), r"/api/collections", make_collection),

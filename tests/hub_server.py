@@ -3,7 +3,8 @@
 It keeps repos in memory, writes down every request with the bytes it answered, and fails on demand: `fail` makes the
 next requests that match answer with a status, stop in the middle of a body, take a byte for another, stand still, or
 lose the connection while the client still sends. LFS uploads are basic or, above `part_bytes`, multipart; with `cdn`
-weights are served from another origin, by a signed address. Not there: xet, git, pages of listings.
+weights are served from another origin, by a signed address. Not there: git, pages of listings, and of xet all but the
+address of its store, for which hf_xet takes a folder.
 
     def test_something(hub_server):
         commit = hub_server.add("owner/model", {"config.json": b"{}"})
@@ -78,6 +79,7 @@ class HubServer:
         self.faults: list[Fault] = []
         self.part_bytes = 1 << 30
         self.ranges = True  # whether parts of a file can be asked for
+        self.store = ""  # where hf_xet finds the content-addressed store, when it is on
         self.cdn = ""  # another origin of this server, which serves weights by a signed address
         self.before_commit: list[Callable[[], object]] = []  # each runs once, before a commit is looked at
         self.ignored: set[str] = set()  # paths that .gitignore keeps out
@@ -234,7 +236,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A running hub of its own for one test; xet is off, because no server here speaks it."""
+    """A running hub of its own for one test; xet is off, because no server here speaks all of it."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nowhere/token")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE", "HF_HUB_OFFLINE"):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 
 from converter.errors import PublishError
@@ -262,6 +263,42 @@ def test_waits_are_told_and_signed_addresses_are_not(
     assert waits == [1800.0]
     written = capfd.readouterr()
     assert "_lfs" not in written.out + written.err + "".join(notes)
+
+
+def by_xet(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """An artifact whose weights go by hf_xet; the hub knows their sha256, as one that has the store's index does."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_DURATION", "1s")
+    files = artifact(folder, README_dot_md=CARD, a_dot_gguf=bytes(range(256)) * 4000, b_dot_gguf=b"GGUF" * 9)
+    server.objects |= {sha256: (folder / name).read_bytes() for name, sha256 in files.items()}
+    return files
+
+
+def test_weights_go_by_xet_in_one_commit(
+    hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real hf_xet, which takes a folder for a store; `upload_folder` would make several commits of it."""
+    files = by_xet(hub_server, tmp_path / "artifact", monkeypatch)
+    hub_server.store = f"local://{tmp_path / 'store'}"
+    hub = HuggingFaceHub(endpoint=hub_server.url, token=WRITER)
+    assert hub.publish(to("owner/model"), tmp_path / "artifact", files, "m").changed
+    assert commits(hub_server) == 1 and not hub_server.requests("PUT", "")
+    assert sum(path.stat().st_size for path in (tmp_path / "store").rglob("*") if path.is_file()) > 0
+    assert not hub.publish(to("owner/model"), tmp_path / "artifact", files, "m").changed
+
+
+def test_xet_store_that_does_not_answer_is_told_without_its_token(
+    hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    files = by_xet(hub_server, tmp_path, monkeypatch)
+    hub_server.store = "http://127.0.0.1:9"
+    with pytest.raises(PublishError, match=r"failed or was cut \(ConnectionError\). Check the network") as caught:
+        HuggingFaceHub(endpoint=hub_server.url, token=WRITER).publish(to("owner/model"), tmp_path, files, "m")
+    written = capfd.readouterr()
+    assert "xet_secret" not in repr(caught.value) + written.out + written.err
+    assert commits(hub_server) == 0
 
 
 # Others who commit
