@@ -16,7 +16,7 @@ import torch
 from numba.core.dispatcher import Dispatcher
 
 from patience import PATIENCE_SECONDS
-from quantkernels import columns, ggml, scales
+from quantkernels import columns, ggml, hadamard, scales
 from quantkernels.compiling import compiled, digest
 from quantkernels.compiling import kernel as made_kernel
 from quantkernels.ggml import TYPES
@@ -157,6 +157,10 @@ def test_every_kernel_is_called_with_one_signature() -> None:
                 order = torch.arange(width).flip(0) if frame.together == 1 else torch.arange(width)
                 codes, _ = columns.solve(given, torch.eye(width), frame, order, threads=2)
                 columns.refine(given, torch.eye(width).T, frame, codes, sweeps=2, threads=2)
+    for rows, width in ((1, 1), (40, 304), (3, 96)):
+        for given in (torch.randn(rows, width), torch.randn(width, rows).T):
+            hadamard.spread(given, threads=2)
+            hadamard.spread(given, inverse=True)
     found = kernels()
     assert found
     assert {name: len(function.signatures) for name, function in found.items()} == dict.fromkeys(found, 1)
