@@ -21,6 +21,7 @@ import yaml
 
 from converter.errors import SourceError, UnsupportedError
 from converter.expression import evaluate
+from converter.residual import Residual, parse_residual
 
 # Buffers that older checkpoints carry along; whoever runs the model computes them from config.json.
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")
@@ -125,6 +126,8 @@ class Architecture:
     wrappers: classes of models of pictures, sound and text whose language model, by the model type that config.json
     gives it, is of this family; GGUF takes that alone.
 
+    residual: what reads the residual stream and adds to it, by entries as written in the YAML; see inner_residual.
+
     decoder: what the blocks of a second stack begin with, in models of an encoder and a decoder; they are numbered on
     behind the encoder's. longest: a formula over config.json for the most tokens of a sequence, where more cannot run.
     Encoders have no head, and some no final norm: "".
@@ -143,6 +146,7 @@ class Architecture:
     final_norm: str
     head: str
     gguf: Mapping[str, Any] | None
+    residual: Residual
     experts: Experts | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
     runs: Runs = "decoder"
@@ -203,6 +207,21 @@ class Architecture:
     def is_linear(self, tensor: str) -> bool:
         """Whether `tensor` is the weight of a linear inside a block: what quantization is about."""
         return self.tap_of(tensor) is not None
+
+    @cached_property
+    def inner_residual(self) -> Residual:
+        """What touches the residual stream in a block, by modules relative to it; "expert_input" means every expert."""
+
+        def linears_of(entry: str) -> tuple[str, ...]:
+            taps = [tap for tap in self.taps if tap.name.partition(".")[0] == entry]
+            return tuple(linear for tap in taps for linear in tap.linears) or (entry,)
+
+        return self.residual.named(linears_of)
+
+    @property
+    def outer_residual(self) -> Residual:
+        """What touches it outside of the blocks: the embedding, the final norm and the head, by checkpoint names."""
+        return replace(self.residual, reads={"": (self.embedding,), self.final_norm: (self.head,)}, writes=(), inner=())
 
     def inner(self, name: str) -> str:
         """A name relative to the block as transformers has it."""
@@ -357,6 +376,7 @@ def parse(name: str, data: Mapping[str, Any]) -> Architecture:
         final_norm=data.get("final_norm", ""),
         head=data.get("head", "" if data.get("runs") == "encoder" else "lm_head"),
         gguf=data.get("gguf"),
+        residual=parse_residual(data["residual"]),
         experts=_experts(data["experts"]) if "experts" in data else None,
         renamed=data.get("renamed", {}),
         runs=data.get("runs", "decoder"),
