@@ -54,6 +54,21 @@ def adapt(snapshot: Snapshot, architecture: Architecture, where: str) -> tuple[S
     return replace(snapshot, tensors=dict(sorted(tensors.items())), packed=packed, config=config), fitted
 
 
+def untied(snapshot: Snapshot, architecture: Architecture) -> Snapshot:
+    """`snapshot` with a head of its own, which has the embedding's bytes where the embedding serves as the head.
+
+    For artifacts in which the two differ, and whose config.json then says that they are not tied.
+    """
+    embedding, head = f"{architecture.embedding}.weight", f"{architecture.head}.weight"
+    tensors, packed = dict(snapshot.tensors), dict(snapshot.packed)
+    if head not in tensors or snapshot.config.get("tie_word_embeddings"):
+        tensors[head] = replace(tensors[embedding], name=head)
+        packed.pop(head, None)
+        packed |= {head: packed[embedding]} if embedding in packed else {}
+    config = {**snapshot.config, "tie_word_embeddings": False}
+    return replace(snapshot, tensors=dict(sorted(tensors.items())), packed=packed, config=config, untied=head)
+
+
 def modern(name: str) -> str:
     """The name of a tensor, those of BERT's norms by what they are called since 2019; transformers reads both."""
     for old, new in LONG_AGO.items():

@@ -54,7 +54,7 @@ def counts(hidden: Tensor, by_column: bool) -> Tensor:
 
 
 def divided(counts_IB: Tensor, scale_I: Tensor) -> Tensor:
-    """The counts [I, B] of x / scale_I, every value taken for the middle of its bin; scale_I is positive.
+    """The counts [I, B] of x / scale_I, every value taken for the middle of its bin; none of scale_I is 0.
 
     What is counted thereby lies at most 1/32 of itself from where it is.
     """

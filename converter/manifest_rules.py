@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converter.marks import quoted, suggestion
-from converter.schemes import CACHING, GGUF_TENSOR_TYPES, METHODS, ROUNDERS, SCHEMES, STORES, TRANSFORMS
+from converter.schemes import CACHES, CACHING, GGUF_TENSOR_TYPES, METHODS, ROUNDERS, SCHEMES, STORES, TRANSFORMS
 
 if TYPE_CHECKING:
     from converter.manifest_fields import Publish, Target
@@ -32,7 +32,9 @@ KEEP = ("BF16", "F16", "F32")
 # Fields that only mean something beside a certain method.
 METHOD_OF_FIELD = {"smoothing_strength": "smoothquant", "damping": "gptq"}
 # Methods that look at no statistics unless importance is asked for.
-WITHOUT_STATISTICS = ("rtn",)
+WITHOUT_STATISTICS = ("rotation", "rtn")
+# Transforms whose statistics cannot be followed through a rotation.
+WITHOUT_ROTATION = ("smoothquant", "awq")
 # Fields that describe integer grids; a GGUF block has its shape from its type.
 GRID_FIELDS = ("group_size", "symmetric", "granularity", "observer")
 # Fields that only a GGUF file has a place for.
@@ -114,6 +116,22 @@ def _check_methods(target: Target) -> Iterator[Finding]:
         what = "propagate quantized has no effect without statistics"
         remedy = "Add gptq to method, write imatrix: true, or remove propagate"
         yield Finding(at=("propagate",), needs=("method", "imatrix"), what=what, remedy=remedy)
+    if "rotation" in target.methods:
+        for index, method in enumerate(target.methods):
+            if method in WITHOUT_ROTATION:
+                what = f"{method} reads the size of each column's activations, which a rotation mixes"
+                remedy = f"Leave one of the two out: a rotation spreads the outliers that {method} scales down"
+                yield Finding(at=("method", index), what=what, remedy=remedy)
+        if target.counts_inputs or any(one.values == "int" for one in target.static_inputs):
+            what = "a fixed range of inputs needs to be known exactly, and behind a rotation there is only a bound"
+            remedy = "Choose a scheme with scales for each token: W8A8, FP8_DYNAMIC"
+            yield Finding(at=("method",), needs=("scheme", "rules", "activation_observer"), what=what, remedy=remedy)
+        if target.kv_cache and CACHES[target.kv_cache].how.values == "int":
+            what = "a fixed range of values needs to be known exactly, and behind a rotation there is only a bound"
+            yield Finding(at=("kv_cache",), needs=("method",), what=what, remedy="Write kv_cache: FP8, or remove it")
+        if target.imatrix_file:
+            what = "an imatrix file is of the model's own columns, and a rotation mixes them"
+            yield Finding(at=("imatrix",), needs=("method",), what=what, remedy="Write imatrix: true, or remove it")
     for field, method in METHOD_OF_FIELD.items():
         if field in target.model_fields_set and method not in target.methods:
             what = f"{field} has no effect without {method}"

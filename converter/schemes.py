@@ -169,7 +169,7 @@ STORES: dict[str, tuple[str, ...]] = {
     "gguf": (*GGUF_TYPES, *GGUF_ALIASES),
     **{format: tuple(schemes) for format, schemes in SCHEMES.items()},
 }
-TRANSFORMS = ("smoothquant", "awq")
+TRANSFORMS = ("smoothquant", "awq", "rotation")
 ROUNDERS = ("rtn", "gptq")
-# In a GGUF file, rtn is the search of its type. Transforms would need places in its graph that readers do not have.
-METHODS: dict[str, tuple[str, ...]] = {"gguf": ROUNDERS} | dict.fromkeys(SCHEMES, TRANSFORMS + ROUNDERS)
+# In a GGUF file, rtn is the search of its type. Scales moved into norms were not tried there; a rotation is merged.
+METHODS: dict[str, tuple[str, ...]] = {"gguf": ("rotation", *ROUNDERS)} | dict.fromkeys(SCHEMES, TRANSFORMS + ROUNDERS)

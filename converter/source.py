@@ -107,6 +107,8 @@ class Snapshot:
     gguf: tuple[str, ...] = ()
     name: str = ""  # what the manifest calls the model; empty: as its repo
     gated: bool = False  # on its hub, where people accept terms before they may read it
+    # The head's tensor, where artifacts store it apart from the embedding whatever config.json says; see adapt.untied.
+    untied: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -117,6 +119,13 @@ class Snapshot:
     def weight_files(self) -> frozenset[str]:
         """The files that hold tensors."""
         return frozenset(header.file for header in self._stored())
+
+    @property
+    def copies(self) -> frozenset[str]:
+        """The tensors that are there a second time, under a name of their own over the bytes of another."""
+        own = self.tensors.get(self.untied)
+        places = [(one.file, one.start) for one in self.tensors.values()] if own else []
+        return frozenset({self.untied} if own and places.count((own.file, own.start)) > 1 else ())
 
     def _stored(self) -> Iterator[Header]:
         yield from (header for name, header in self.tensors.items() if name not in self.packed)

@@ -84,19 +84,20 @@ class TapStats:
     def scaled(self, column_scale: Tensor) -> TapStats:
         """The statistics of x / column_scale: what a tap sees once a norm absorbed 1 / column_scale.
 
-        column_scale [I], positive. With D = diag(column_scale): gram' = D^-1 gram D^-1, and drift' likewise, since the
-        original's rows go through the same norm. A histogram of the whole tap cannot follow and is None afterwards; one
-        of each column follows to within a bin, see histogram.divided.
+        column_scale [I], none of it 0. With D = diag(column_scale): gram' = D^-1 gram D^-1, and drift' likewise, since
+        the original's rows go through the same norm. A histogram of the whole tap cannot follow and is None afterwards;
+        one of each column follows to within a bin, see histogram.divided.
         """
-        assert bool((column_scale > 0).all()), "a fold divides by positive column scales"
+        assert bool((column_scale != 0).all()), "columns are divided by their scales"
         wide, narrow = column_scale.double(), column_scale.float()
+        ends = self.minimum / narrow, self.maximum / narrow
         return TapStats(
             rows=self.rows,
             sum_squares=self.sum_squares / wide.square(),
-            abs_sum=self.abs_sum / wide,
-            abs_max=self.abs_max / narrow,
-            minimum=self.minimum / narrow,
-            maximum=self.maximum / narrow,
+            abs_sum=self.abs_sum / wide.abs(),
+            abs_max=self.abs_max / narrow.abs(),
+            minimum=torch.minimum(*ends),
+            maximum=torch.maximum(*ends),
             gram=None if self.gram is None else (self.gram / narrow[:, None]).div_(narrow),
             drift=None if self.drift is None else (self.drift / narrow[:, None]).div_(narrow),
             histogram=self._divided_histogram(column_scale),
@@ -106,6 +107,29 @@ class TapStats:
         if self.histogram is None or bool((column_scale == 1).all()):
             return self.histogram
         return histogram.divided(self.histogram, column_scale) if len(self.histogram) == len(column_scale) else None
+
+    def turned(self, turn: Callable[[Tensor], Tensor], vectors: int = 1) -> TapStats:
+        """The statistics of x R; `turn` multiplies rows [N, I] by an orthogonal R that turns each of `vectors` parts.
+
+        gram' = R^T gram R, and drift' likewise. Sums of squares are its diagonal; without a gram every column has the
+        mean of its part, which random signs in R make the expectation. What R does to a largest value or to a sum of
+        magnitudes cannot be known: those become bounds, from the length that no row's part exceeds.
+        """
+        gram = None if self.gram is None else turn(turn(self.gram).T)
+        parts = self.sum_squares.reshape(vectors, -1)
+        squares = parts.mean(1, keepdim=True).expand_as(parts).flatten() if gram is None else gram.diagonal().double()
+        length = self.abs_max.double().reshape(vectors, -1).square().sum(1, keepdim=True).sqrt()
+        largest = length.expand_as(parts).flatten().float()
+        return TapStats(
+            rows=self.rows,
+            sum_squares=squares.clamp(min=0),
+            abs_sum=(self.rows * squares.clamp(min=0)).sqrt(),
+            abs_max=largest,
+            minimum=-largest,
+            maximum=largest,
+            gram=gram,
+            drift=None if self.drift is None else turn(turn(self.drift).T).T.contiguous(),
+        )
 
     def to_tensors(self) -> dict[str, Tensor]:
         """These statistics as named tensors for a file; of the symmetric gram only the upper triangle, row by row."""

@@ -14,7 +14,7 @@ from converter.blocks import Decoder
 from converter.compare import evaluation
 from converter.hub_calls import Tell
 from converter.manifest import Calibration, Evaluation
-from converter.methods.tables import folds
+from converter.methods.tables import folds, turns
 from converter.pooling import declared_pooling
 from jobs.store import Report, Store
 from jobs.task import Task
@@ -72,6 +72,8 @@ def original_of(attempt: Attempt, model: Model) -> evaluation.Original:
     return evaluation.Original(
         architecture=model.architecture,
         foldings=tuple(folding for folding in foldings if target and folds(target.methods, folding)),
+        seed=model.snapshot.commit if target and turns(target.methods) else "",
+        copies=model.snapshot.copies,
         names=tuple(model.snapshot.tensors),
         read=partial(read, model),
         hidden_folder=attempt.store.output(key) if key else None,

@@ -21,7 +21,7 @@ from converter.architecture import Architecture
 from converter.hub_calls import TOGETHER
 from converter.manifest import Calibration, Evaluation, Manifest, Target
 from converter.methods import Needs
-from converter.methods.tables import NEEDS, folds
+from converter.methods.tables import NEEDS, folds, turns
 from converter.stats import Counted
 from jobs import needs
 from jobs.task import RECIPES, Graph, Kind, Resources, Task
@@ -81,22 +81,23 @@ def _model_tasks(
             yield calibrations[block]
         for job in jobs:
             if block in job.blocks():
+                own = replace(work, model=job.model)
                 statistics = calibrations[block] if block is not None and calibrations else None
                 if block is not None and job.subject in chains:
                     before = [task for task in quantize[job.subject] if task.block == (block - 1 if block else None)]
                     statistics = _propagate_task(
-                        job, block, work, fetch, calibrations, chains[job.subject], before, cpus
+                        job, block, own, fetch, calibrations, chains[job.subject], before, cpus
                     )
                     chains[job.subject].append(statistics)
                     yield statistics
                 beside = calibrations[block - 1] if block and job.subject in chains else None
-                task = _quantize_task(job, block, work, fetch, statistics, beside)
+                task = _quantize_task(job, block, own, fetch, statistics, beside)
                 quantize[job.subject].append(task)
                 yield task
     reference = _reference_task(work, fetch) if model.runs else None
     if reference:
         yield reference
-    weighed = next((job for job in jobs if job.target.collects_imatrix and job.target.format == "gguf"), None)
+    weighed = next((job for job in jobs if _weighs_for_readers(job.target)), None)
     if weighed and calibrations:
         last = calibrations[-1].key
         names = {tensor.name: tensor.source for tensor in weighed.artifact.tensors}
@@ -108,7 +109,8 @@ def _model_tasks(
             reads=(last,),
         )
     for job in jobs:
-        yield from _artifact_tasks(manifest, job, work, fetch, quantize[job.subject], reference)
+        own = replace(work, model=job.model)
+        yield from _artifact_tasks(manifest, job, own, fetch, quantize[job.subject], reference)
 
 
 def _calibrate_tasks(jobs: Sequence[PlannedJob], work: Work, fetch: Task, cpus: int) -> Iterator[Task]:
@@ -236,6 +238,8 @@ def _quantize_task(
         "imatrix": job.artifact.imatrix_sha256,
         "foldings": repr(job.model.architecture.foldings) if job.model.architecture else "",
     }
+    if job.model.architecture and turns(job.target.methods):
+        spec["residual"] = repr(job.model.architecture.residual)
     gram = bool(calibrated) and any(need.gram for need in _needs(job.target))
     drift = gram and job.target.has_chain and any(need.drift for need in _needs(job.target))
     own = replace(
@@ -358,6 +362,11 @@ def _recipes(job: PlannedJob, quantize: Sequence[Task]) -> dict[str, int]:
     if any(task.work.calibrated for task in quantize if isinstance(task.work, Work)):
         kinds += ["calibrate", "propagate"] if job.target.has_chain else ["calibrate"]
     return {kind: RECIPES[kind] for kind in sorted(kinds)}
+
+
+def _weighs_for_readers(target: Target) -> bool:
+    """Whether the importance of columns that the target is weighed by is that of the model as its readers have it."""
+    return target.collects_imatrix and target.format == "gguf" and not turns(target.methods)
 
 
 def _needs(target: Target) -> Iterator[Needs]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converter import dataset, hub, signing
-from converter.adapt import adapt
+from converter.adapt import adapt, untied
 from converter.architecture import COMPUTED, check_blocks, find
 from converter.calibration import digest
 from converter.containers import ArtifactPlan
@@ -26,7 +26,8 @@ from converter.expression import evaluate
 from converter.hub_calls import Tell, hush
 from converter.manifest import Job, Manifest, Target
 from converter.methods import Needs
-from converter.methods.tables import NEEDS
+from converter.methods.rotation import why_fixed
+from converter.methods.tables import NEEDS, turns
 from converter.packed import packed_notes
 from converter.progress import bytes_text
 from converter.provenance import portable_source
@@ -132,7 +133,8 @@ def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
         remedy = "Convert the original model, or choose format: gguf"
         raise UnsupportedError(model.snapshot.repo, what, remedy)
     unknown = model.architecture is None and not model.snapshot.gguf
-    if unknown and (target.format == "gguf" or any(need.sums or need.gram for need in needs)):
+    turned = turns(target.methods)
+    if unknown and (target.format == "gguf" or turned or any(need.sums or need.gram for need in needs)):
         find(model.snapshot.config, f"{target.where}: {job.key}")  # raises, naming what is known
     if model.architecture and not model.runs and any(need.sums or need.gram for need in needs):
         what = f"models of the family {model.architecture.name} are not run block by block, so nothing is calibrated"
@@ -142,6 +144,8 @@ def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
     if target.has_chain and not model.runs:
         what = "this model is not run block by block, so there is no chain of hidden states to propagate"
         raise UnsupportedError(f"{target.where}: {job.key}", what, "Remove propagate, or write propagate: original")
+    if turned:
+        model = _turned(model, f"{target.where}: {job.key}")
     artifact = CONTAINERS[target.format].plan(model.snapshot, model.architecture, target)
     left_out = dict.fromkeys(model.computed, "whoever runs the model computes it")
     artifact = replace(artifact, dropped=left_out | dict(artifact.dropped))
@@ -153,9 +157,14 @@ def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
     moved = {tensor.source: tensor.grid.name for tensor in moving if not tensor.prepare}
     notes = packed_notes(model.snapshot.config, model.snapshot.packed, moved)
     notes += tuple(f"the rule '{pattern}' fits no tensor" for pattern in unused)
+    if model.snapshot.copies:
+        notes += ("the head is stored by itself: once the stream is turned, it is no longer the embedding",)
     if target.format == "gguf":
         notes += tuple(_idle_rules(target, artifact, unused))
     artifact = replace(artifact, notes=artifact.notes + notes)
+    if model.snapshot.untied and model.snapshot.untied not in {tensor.source for tensor in artifact.tensors}:
+        what = "readers of this family take the embedding for the head, and in a turned model the two differ"
+        raise UnsupportedError(f"{target.where}: {job.key}", what, "Leave rotation out, or choose another format")
     return PlannedJob(model=model, target=target, artifact=artifact, place=_place(manifest, job, model))
 
 
@@ -186,6 +195,14 @@ def _place(manifest: Manifest, job: Job, model: Model) -> Destination | None:
         replace=publish.replace,
         origin=portable_source(model.snapshot.source),
     )
+
+
+def _turned(model: Model, where: str) -> Model:
+    """The model as a target sees it that turns its residual stream; raises UnsupportedError where that cannot be."""
+    assert model.architecture is not None  # refused before
+    if why := why_fixed(model.architecture, {one.name: one.shape for one in model.snapshot.tensors.values()}):
+        raise UnsupportedError(where, f"the residual stream cannot be turned: {why}", "Leave rotation out")
+    return replace(model, snapshot=untied(model.snapshot, model.architecture))
 
 
 def _idle_rules(target: Target, artifact: ArtifactPlan, unused: Sequence[str]) -> Iterator[str]:

@@ -71,20 +71,22 @@ def _embedded(
     """The hidden states [N, T, D] in front of block 0: the original's, and with the target's own embedding."""
     own, _, _ = _decoded(attempt, original, None)
     first = decoder.embed(rows_NT, {name: original.read(name) for name in decoder.input_names})
-    return first, decoder.embed(
+    chain = decoder.embed(
         rows_NT, {name: own[name] if name in own else original.read(name) for name in decoder.input_names}
     )
+    return first, original.unturned(chain)
 
 
 def _run_quantized(attempt: Attempt, decoder: Decoder, original: evaluation.Original, block: int) -> Tensor:
-    """The chain [N, T, D] behind a block, as the target's files will have the block."""
+    """The chain [N, T, D] behind a block, as the target's files will have the block, in the original's basis."""
     chain = tensor_file.load(attempt.store.output(attempt.work.chained) / "hidden.safetensors")["hidden"]
     own, activations, rounding = _decoded(attempt, original, block)
     assert original.architecture is not None
     prefix = original.architecture.prefix(block)
     inside = {name.removeprefix(prefix): name for name in original.names if name.startswith(prefix)}
     rest = {local: original.read(name) for local, name in inside.items() if local not in own}  # GGUF's metadata
-    return decoder.run_block(block, own | rest, chain, activations=activations, rounding=rounding)
+    behind = decoder.run_block(block, own | rest, original.turned(chain), activations=activations, rounding=rounding)
+    return original.unturned(behind)
 
 
 def _decoded(

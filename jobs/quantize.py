@@ -17,8 +17,9 @@ from converter.containers.gguf import coverage
 from converter.containers.gguf.operations import apply_preparation
 from converter.methods import Block, Options
 from converter.methods.ranges import fix_inputs, largest_kept, share_ranges
-from converter.methods.tables import NEEDS, ROUNDERS, TRANSFORMS
+from converter.methods.tables import NEEDS, ROUNDERS, TRANSFORMS, turns
 from converter.rare_experts import blended
+from converter.residual import Residual
 from converter.stats import TapStats, unpack
 from jobs import stream
 from jobs.attempt import Attempt, here, read
@@ -43,6 +44,7 @@ def quantize(attempt: Attempt) -> None:
         stats=stats,
         taps=inside.taps if inside else (),
         foldings=inside.foldings if inside else (),
+        residual=_residual(model, block),
     )
     notes: dict[str, str] = {}
     _add(notes, _of_taps(rare, work.tensors, state, prefix))
@@ -56,7 +58,8 @@ def quantize(attempt: Attempt) -> None:
         _add(notes, _stream(attempt, model, state, prefix, importance))
     else:
         names = [tensor.name for tensor in work.tensors]
-        groups = [names] if block is not None else [[name] for name in names]
+        outside = _groups(work.tensors, state.residual) if turns(work.target.methods) else [[name] for name in names]
+        groups = [names] if block is not None else outside
         for done, group in enumerate(groups):
             _add(notes, _round_group(attempt, model, group, state, prefix, importance))
             attempt.report((done + 1) / len(groups))
@@ -75,6 +78,23 @@ def _of_taps(said: Mapping[str, str], tensors: Sequence[TensorPlan], state: Bloc
         f"{prefix}{linear}.weight": said[tap.name] for tap in state.taps if tap.name in said for linear in tap.linears
     }
     return {tensor.source: of[tensor.source] for tensor in tensors if tensor.quantized and tensor.source in of}
+
+
+def _residual(model: Model, block: int | None) -> Residual | None:
+    if model.architecture is None:
+        return None
+    return model.architecture.outer_residual if block is None else model.architecture.inner_residual
+
+
+def _groups(tensors: Sequence[TensorPlan], residual: Residual | None) -> list[list[str]]:
+    """Names of tensors outside of the blocks, those together that transforms look at together: a norm and its head."""
+    assert residual is not None  # or the plan would have refused it
+    behind = {f"{linear}.weight": norm for norm, own in residual.reads.items() for linear in own}
+    groups: dict[str, list[str]] = {}
+    for tensor in tensors:
+        norm = behind.get(tensor.source)
+        groups.setdefault(f"{norm}.weight" if norm else tensor.source, []).append(tensor.name)
+    return list(groups.values())
 
 
 def _unmatched(attempt: Attempt, state: Block, prefix: str) -> Iterator[str]:
@@ -129,21 +149,36 @@ def _round_group(
     assert target is not None
     planned = {tensor.name: tensor for tensor in work.tensors}
     local = {planned[name].source.removeprefix(prefix) + planned[name].prepare: planned[name] for name in names}
+    grids = {name: tensor.grid for name, tensor in local.items()}
+    options = Options(
+        importance=target.weighs_columns,
+        smoothing_strength=target.smoothing_strength,
+        damping=target.damping,
+        seed=model.snapshot.commit,
+    )
     state = replace(
         state,
         where=state.where if attempt.task.block is not None else f"{state.where} {names[0]}",
-        tensors={name: _values(model, tensor) for name, tensor in local.items()},
+        tensors={
+            source.removeprefix(prefix): read(model, source)
+            for source in dict.fromkeys(tensor.source for tensor in local.values())
+        },
         importance={name: importance[tensor.name] for name, tensor in local.items() if tensor.name in importance},
     )
-    options = Options(
-        importance=target.weighs_columns, smoothing_strength=target.smoothing_strength, damping=target.damping
-    )
-    grids = {name: tensor.grid for name, tensor in local.items()}
     for method in target.methods[:-1]:
         state = TRANSFORMS[method](state, grids, options)
+    moved = state.tensors
+    state = replace(
+        state,
+        tensors={
+            name: apply_preparation(tensor.prepare, values) if tensor.prepare else values
+            for name, tensor in local.items()
+            for values in (moved[tensor.source.removeprefix(prefix)],)
+        },
+    )
     shared = share_ranges(state, grids)
     if in_stages(attempt):
-        rounded = round_in_stages(attempt, model, state, shared, options, local)
+        rounded = round_in_stages(attempt, model, state, moved, shared, options, local)
     else:
         rounded = ROUNDERS[target.methods[-1]](state, shared, options)
     given = {name: tensor.activations for name, tensor in local.items() if tensor.activations}
@@ -161,12 +196,6 @@ def _round_group(
 
 def _said(name: str, *notes: Mapping[str, str]) -> list[str]:
     return [some[name] for some in notes if name in some]
-
-
-def _values(model: Model, tensor: TensorPlan) -> Tensor:
-    """What is rounded, f32: the tensor of the checkpoint, or what is made of it."""
-    values = read(model, tensor.source)
-    return apply_preparation(tensor.prepare, values) if tensor.prepare else values
 
 
 def part_file(names: tuple[str, ...], name: str) -> str:

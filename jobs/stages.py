@@ -46,21 +46,22 @@ def round_in_stages(
     attempt: Attempt,
     model: Model,
     state: Block,
+    moved: Mapping[str, Tensor],
     grids: Mapping[str, Grid],
     options: Options,
     planned: Mapping[str, TensorPlan],
 ) -> Rounded:
     """The block's tensors, which transforms have been through, rounded tap by tap in the order that they are read.
 
-    planned: by name relative to the block. The first taps have their statistics in `state`.
+    moved: they as the checkpoint names them, not yet divided into those of the artifact; planned: the latter, by name
+    relative to the block. The first taps have their statistics in `state`.
     """
     work, b = attempt.work, attempt.task.block
     assert work.target is not None and b is not None and model.architecture is not None
     rounder = ROUNDERS[work.target.methods[-1]]
     decoder, original = decoder_of(attempt, model), original_of(attempt, model)
-    first, chain = _hidden(attempt)
-    moved = {name: values for name, values in state.tensors.items() if not planned[name].prepare}
-    whole = evaluation.block_tensors(original, b) | moved
+    first, chain = (original.turned(hidden) for hidden in _hidden(attempt))  # as the block is by now
+    whole = evaluation.block_tensors(original, b) | dict(moved)
     coded: dict[str, Coded] = {}
     notes: dict[str, str] = {}
     stages = stages_of(state)

@@ -196,6 +196,8 @@ def test_defaults_come_from_the_scheme_unless_given() -> None:
 def test_every_entry_of_the_tables_is_accepted_by_loader_and_schema(folder: Path, format: str, store: str) -> None:
     key = "scheme" if format in SCHEMES else "type"
     for method in METHODS[format]:
+        if method == "rotation" and store.startswith("W8A8_STATIC"):
+            continue  # a rotation leaves the range of inputs unknown, see test_rotation_run.py
         methods = [method] if method in ROUNDERS else [method, "rtn"]
         document = {
             "name": "n",

@@ -21,6 +21,7 @@ from converter.methods.gptq import factorize, gptq
 from converter.methods.rtn import round_to_nearest
 from converter.methods.smoothquant import smoothquant
 from converter.methods.tables import NEEDS, ROUNDERS, TRANSFORMS
+from converter.residual import Residual
 from converter.schemes import ROUNDERS as ROUNDER_NAMES
 from converter.schemes import TRANSFORMS as TRANSFORM_NAMES
 from converter.stats import observe
@@ -56,6 +57,7 @@ def block(rows: Tensor | None = None, gram: bool = True) -> Block:
         stats={tap.name: stats for tap in TAPS},
         taps=TAPS,
         foldings=FOLDINGS,
+        residual=Residual(reads={"norm": ("q", "k", "v")}, writes=("down",)),
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from converter.compare import wording
 from converter.front_matter import HUB_NAME, read_front_matter
 from converter.manifest import Calibration, Evaluation, Target
+from converter.manifest_rules import WITHOUT_STATISTICS
 from converter.marks import Items, Node, Text
 from converter.provenance import FILE
 from converter.source import Snapshot
@@ -43,6 +44,7 @@ METHODS: Mapping[str, str] = {
     "gptq": "column by column, each column's error pushed onto the next ones (GPTQ)",
     "smoothquant": "outliers of the activations moved into the weights (SmoothQuant)",
     "awq": "columns that large activations meet stretched before rounding (AWQ)",
+    "rotation": "residual stream and values of the heads in a rotated basis, merged into the weights (QuaRot)",
 }
 
 
@@ -270,7 +272,7 @@ def _how_made(row: Mapping[str, Any], target: Target, calibration: Calibration) 
     outer = (("output head", target.output_type), ("embedding", target.embedding_type))
     facts += [(name, code(type)) for name, type in outer if type]
     facts += [("exception", f"{code(rule.pattern)} as {code(rule.type)}") for rule in target.rules]
-    if target.collects_imatrix or target.fixes_ranges or set(row["method"]) - {"rtn"}:
+    if target.collects_imatrix or target.fixes_ranges or set(row["method"]) - {*WITHOUT_STATISTICS}:
         facts.append(("calibration", plain(wording.rows_of(calibration.model_dump(), "calibration"))))
     return "\n".join(["## How it was made", "", *[f"- {name}: {value}" for name, value in facts], ""])
 

@@ -34,6 +34,8 @@ from converter.compare.metrics import (
 from converter.compare.unfolding import unfold
 from converter.containers import Opened
 from converter.errors import NumericsError
+from converter.methods import Block
+from converter.methods.rotation import rotation_of, unrotated
 from converter.pooling import pool
 
 Report = Callable[[float], None]
@@ -46,7 +48,8 @@ class Original:
     """The original model: its family (None: a plain state dict), names, tensors in f32, hidden states on disk.
 
     pooling: how an encoder makes one vector of a text, see `pooling.declared_pooling`. foldings: those of the family
-    that the artifact's methods may have carried out.
+    that the artifact's methods may have carried out. seed: what the basis follows from that the artifact's residual
+    stream is in (empty: the original's). copies: names whose bytes another tensor has, too.
     """
 
     architecture: Architecture | None
@@ -55,6 +58,16 @@ class Original:
     hidden_folder: Path | None
     pooling: tuple[str, ...] = ()
     foldings: tuple[Folding, ...] = ()
+    seed: str = ""
+    copies: frozenset[str] = frozenset()
+
+    def turned(self, hidden: Tensor) -> Tensor:
+        """A hidden state [..., D] of the original in the artifact's basis."""
+        return rotation_of(self.seed, "residual", hidden.shape[-1]).turn(hidden) if self.seed else hidden
+
+    def unturned(self, hidden: Tensor) -> Tensor:
+        """A hidden state [..., D] of the artifact in the original's basis."""
+        return rotation_of(self.seed, "residual", hidden.shape[-1]).back(hidden) if self.seed else hidden
 
 
 def hidden_file(folder: Path, block: int) -> Path:
@@ -108,7 +121,8 @@ def measure(
     outer = [name for name in original.names if decoder is None or block_of(name) is None]
     tensors: list[dict[str, Any]] = []
     for done, name in enumerate(outer):
-        if row := _tensor_row(name, block_of(name), original.read(name), opened):
+        weight = original.read(name)
+        if row := _tensor_row(name, block_of(name), weight, opened, _outer_undone(original, opened, name, weight)):
             tensors.append(row)
         if decoder is None:  # every tensor is an outer one
             report((done + 1) / len(outer))
@@ -133,8 +147,20 @@ def measure(
         "blocks": blocks,
         "weight": {"cosine": total.cosine, "relative_mse": total.relative_mse},
         "output": {key: value for key, value in output.items() if key not in ("original_perplexity", "tokens")},
-        "parameters": sum(math.prod(row["shape"]) for row in tensors),
+        "parameters": sum(math.prod(row["shape"]) for row in tensors if row["name"] not in original.copies),
     }
+
+
+def _outer_undone(original: Original, opened: Opened, name: str, weight: Tensor) -> Tensor | None:
+    """A tensor outside of the blocks as read back, in the original's basis; None where that is how it is stored."""
+    if not original.seed or original.architecture is None or name not in opened.names:
+        return None
+    residual = original.architecture.outer_residual
+    module = name.removesuffix(".weight")
+    norms = [f"{norm}.weight" for norm, linears in residual.reads.items() if norm and module in linears]
+    first = {name: weight} | {norm: original.read(norm) for norm in norms}
+    copy = {one: opened.read(one) for one in first}
+    return unrotated(Block(where="", tensors=first, stats={}, residual=residual), copy, original.seed)[name]
 
 
 def _measure_block(
@@ -152,7 +178,10 @@ def _measure_block(
         tap: {"outlier_ratio": one.ratio if math.isfinite(one.ratio) else None, "outlier_channels": list(one.channels)}
         for tap, one in found.items()
     }
-    undone = unfold(architecture.taps, original.foldings, first, copy)
+    if original.seed:
+        undone = unrotated(_whole(architecture, first), copy, original.seed)
+    else:
+        undone = unfold(architecture.taps, original.foldings, first, copy)
     rows = []
     for name, weight in first.items():
         unfolded = undone[name]
@@ -167,9 +196,21 @@ def _measure_block(
     activations = {module: how for module, how in said.items() if how}
     hidden = decoder.run_block(block, copy, hidden, activations=activations, rounding=opened.keeps(prefix))
     expected = tensor_file.load(hidden_file(original.hidden_folder, block + 1))["hidden"]
-    deviation = difference(expected, hidden)
+    deviation = difference(expected, original.unturned(hidden))
     kept = [row | {"block_relative_mse": deviation.relative_mse} for row in rows if row]
     return hidden, kept, deviation
+
+
+def _whole(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Block:
+    """A block of the original as methods see it, without statistics."""
+    return Block(
+        where="",
+        tensors=tensors,
+        stats={},
+        taps=architecture.taps,
+        foldings=architecture.foldings,
+        residual=architecture.inner_residual,
+    )
 
 
 def _tap_inputs(original: Original, decoder: Decoder, block: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -92,7 +92,8 @@ class Parquet:
         folder: Path,
     ) -> None:
         """Write the table and the model's small files into `folder`, one row group in memory at a time."""
-        stale = "quantization_config" in snapshot.config  # about the source's codes, which came multiplied out
+        # What config.json says of the source's codes, which came multiplied out, or of a head that was no tensor.
+        stale = "quantization_config" in snapshot.config or bool(snapshot.untied)
         copy_small_files(snapshot, folder, without=("config.json",) if stale else ())
         if stale:
             config = {key: value for key, value in original_config(snapshot).items() if key != "quantization_config"}

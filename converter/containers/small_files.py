@@ -40,10 +40,14 @@ def small_files(snapshot: Snapshot) -> tuple[str, ...]:
 
 
 def original_config(snapshot: Snapshot) -> dict[str, Any]:
-    """The model's config.json as it is, {} when there is none: a snapshot has what it says of the text on top."""
+    """The model's config.json as it is, {} when there is none: a snapshot has what it says of the text on top.
+
+    Only that the head is the embedding is denied where the snapshot has a head of its own.
+    """
     if "config.json" not in snapshot.files:
         return {}
-    return parse_json((snapshot.folder / "config.json").read_bytes(), f"{snapshot.repo}: config.json")
+    config = parse_json((snapshot.folder / "config.json").read_bytes(), f"{snapshot.repo}: config.json")
+    return config | ({"tie_word_embeddings": False} if snapshot.untied else {})
 
 
 def copy_small_files(snapshot: Snapshot, folder: Path, without: tuple[str, ...] = ()) -> None:

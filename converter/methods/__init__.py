@@ -1,8 +1,10 @@
 """Methods: who chooses the stored values. Transforms first, then exactly one rounder.
 
-A transform changes a block's weights without changing what the block computes (SmoothQuant moves column scales from
-activations into weights). A rounder turns every linear of a block into codes on its grid. Both see one block and the
-statistics of its taps, nothing else: that is what bounds memory and what lets blocks go to different machines.
+A transform changes a block's weights without changing what the model computes (SmoothQuant moves column scales from
+activations into weights). One that concerns the whole model, such as a rotation of the residual stream, is carried out
+block by block all the same, and on what lies outside of the blocks as if that were one. A rounder turns every linear of
+a block into codes on its grid. Both see one block and the statistics of its taps, nothing else: that is what bounds
+memory and what lets blocks go to different machines.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from converter.architecture import Folding, Tap
 from converter.grids import Coded, Grid
+from converter.residual import Residual
 from converter.stats import TapStats
 
 
@@ -24,7 +27,8 @@ class Block:
     tensors: every tensor of the block that the artifact stores, f32. stats: by tap name, empty for methods that need
     none and for models without a known architecture. where: the block in words, for errors. importance: of the columns
     [I] of the tensors that an imatrix file speaks of; it goes before what the statistics say. notes: by tensor, what a
-    transform could not do as asked, for the comparison.
+    transform could not do as asked, for the comparison. residual: what of it touches the residual stream; None where no
+    family is known.
     """
 
     where: str
@@ -34,6 +38,7 @@ class Block:
     foldings: tuple[Folding, ...] = ()
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    residual: Residual | None = None
 
     def stats_of(self, tensor: str) -> TapStats | None:
         """The statistics of the tap that the linear with weight `tensor` reads; None when it has none."""
@@ -47,14 +52,16 @@ class Block:
 class Options:
     """What a target says about its methods; see docs/manifest.md for each.
 
-    sweeps is for measurements and has no word there: how often gptq goes over the codes again. Two took 3 % (4 bits) to
-    12 % (2 bits) off the KL divergence and about as long as all before them; more than that changed next to nothing.
+    seed: what random choices follow from, the model's commit. sweeps is for measurements and has no word there: how
+    often gptq goes over the codes again. Two took 3 % (4 bits) to 12 % (2 bits) off the KL divergence and about as long
+    as all before them; more than that changed next to nothing.
     """
 
     importance: bool = False
     smoothing_strength: float = 0.8
     damping: float = 0.01
     sweeps: int = 2
+    seed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

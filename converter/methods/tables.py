@@ -8,12 +8,14 @@ from converter.architecture import Folding
 from converter.methods import Needs, Rounder, Transform
 from converter.methods.awq import awq
 from converter.methods.gptq import gptq
+from converter.methods.rotation import rotation
 from converter.methods.rtn import round_to_nearest
 from converter.methods.smoothquant import smoothquant
 
 TRANSFORMS: dict[str, Transform] = {
     "smoothquant": smoothquant,
     "awq": awq,
+    "rotation": rotation,
 }
 
 ROUNDERS: dict[str, Rounder] = {
@@ -24,11 +26,15 @@ ROUNDERS: dict[str, Rounder] = {
 # The transforms that carry out foldings, by what absorbs the scales.
 FOLDS_NORMS = ("smoothquant", "awq")
 FOLDS_LINEARS = ("awq",)
+# Those that turn the residual stream, so that a head cannot be the embedding, and hidden states are in another basis.
+TURNS_STREAM = ("rotation",)
 
 # What a method asks of the calibration pass, given whether the target weighs errors by importance.
 NEEDS: dict[str, Callable[[bool], Needs]] = {
     "smoothquant": lambda importance: Needs(sums=True),
     "awq": lambda importance: Needs(sums=True, gram=True),
+    # What a column's power becomes follows from the Gram matrix alone.
+    "rotation": lambda importance: Needs(sums=importance, gram=importance),
     "rtn": lambda importance: Needs(sums=importance),
     "gptq": lambda importance: Needs(sums=True, gram=True, drift=True),
 }
@@ -37,3 +43,8 @@ NEEDS: dict[str, Callable[[bool], Needs]] = {
 def folds(methods: Sequence[str], folding: Folding) -> bool:
     """Whether any of the methods may carry out this folding."""
     return bool({*methods} & {*(FOLDS_NORMS if folding.norm else FOLDS_LINEARS)})
+
+
+def turns(methods: Sequence[str]) -> bool:
+    """Whether any of the methods turns the residual stream."""
+    return bool({*methods} & {*TURNS_STREAM})
