@@ -241,7 +241,8 @@ def verify(
     if json:
         print_json(asdict(found))
     else:
-        print_line("\n".join([*found.problems, *found.notes]))
+        for line in (*found.problems, *found.notes):
+            print_line(line)
         whole = f"every file is there and whole: {found.files} files, {bytes_text(found.size_bytes)}"
         print_line(f"{len(found.problems)} problems" if found.problems else whole)
     raise typer.Exit(int(bool(found.problems)))

@@ -7,7 +7,6 @@ and what is there already is not sent again. `upload_folder`, the obvious call, 
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,12 +34,10 @@ from converter.hub_calls import (
     wait_after,
     without_credentials,
 )
-from converter.hub_rights import check_owner, rights_problems
+from converter.hub_rights import SLUG, check_owner, rights_problems
 from converter.publish import Destination, Published, changed_since
 
 TRIES = 4  # times that somebody else may commit in between
-SLUG = re.compile(r"[\w.-]+/[\w.-]+-[0-9a-f]{24}", re.ASCII)  # of a collection
-Additions = Mapping[str, CommitOperationAdd]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +61,6 @@ class HuggingFaceHub:
         )  # 412: a head of long ago
         disable_progress_bars()  # only progress.py writes to the terminal
         with overheard(self.tell), explained(where, place.repo, self.endpoint, PublishError):
-            additions = hashed(place.repo, folder, files)
             client = api(self.endpoint, self.token)
             made = patiently(
                 lambda: client.create_repo(place.repo, repo_type=place.kind, private=place.private, exist_ok=True),
@@ -74,7 +70,8 @@ class HuggingFaceHub:
                 client=client,
                 hub=self,
                 place=replace(place, repo=made.repo_id),  # with its owner, where the manifest left it out
-                additions=additions,
+                folder=folder,
+                files=files,
                 message=message,
                 patience=patience,
             )
@@ -86,37 +83,6 @@ class HuggingFaceHub:
         return look(place.repo, place.kind, revision, self.endpoint, self.token, patience)
 
 
-def hashed(repo: str, folder: Path, files: Mapping[str, str]) -> Additions:
-    """What to add for each file, its bytes found to be those that were measured. Raises PublishError."""
-    additions = {}
-    for name, sha256 in sorted(files.items()):
-        if not (folder / name).is_file():
-            raise changed_since(repo, folder / name)
-        additions[name] = CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name)
-        if additions[name].upload_info.sha256.hex() != sha256:
-            raise changed_since(repo, folder / name)
-    return additions
-
-
-def difference(remote: Remote, additions: Additions) -> tuple[list[str], list[str]]:
-    """The files that a repo lacks or holds otherwise, and those it holds too many; hidden files are the repo's own."""
-    changed = [name for name, addition in additions.items() if not _same(remote, name, addition)]
-    return changed, sorted(set(remote.sizes) - set(additions))
-
-
-def _same(remote: Remote, name: str, addition: CommitOperationAdd) -> bool:
-    checksum = remote.checksums.get(name, "")
-    if checksum.startswith("git:") and remote.sizes[name] == addition.upload_info.size:
-        return matches(Path(addition.path_or_fileobj), checksum)
-    return checksum == f"sha256:{addition.upload_info.sha256.hex()}"
-
-
-def _overwritten(before: Remote, after: Remote, additions: Additions) -> list[str]:
-    """What somebody else put there meanwhile and a commit of ours would take away again."""
-    touched = [name for name in after.sizes if before.checksums.get(name) != after.checksums.get(name)]
-    return [name for name in touched if name not in additions or not _same(after, name, additions[name])]
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Commits:
     """One artifact on its way to one repo; everything raises what the client raises, or PublishError."""
@@ -124,9 +90,11 @@ class _Commits:
     client: HfApi
     hub: HuggingFaceHub
     place: Destination
-    additions: Additions
+    folder: Path
+    files: Mapping[str, str]  # path in the folder -> sha256 (hex)
     message: str
     patience: Patience
+    additions: dict[str, CommitOperationAdd] = field(default_factory=dict)  # those that were needed so far
 
     @property
     def where(self) -> str:
@@ -139,6 +107,36 @@ class _Commits:
 
     def look(self, revision: str | None) -> Remote:
         return self.hub.look(self.place, revision, self.patience)
+
+    def difference(self, remote: Remote) -> tuple[list[str], list[str]]:
+        """The files that a repo lacks or holds otherwise, and those it holds too many; hidden files are its own."""
+        changed = [name for name in sorted(self.files) if not self._same(remote, name)]
+        return changed, sorted(set(remote.sizes) - set(self.files))
+
+    def _same(self, remote: Remote, name: str) -> bool:
+        """By the sha256 that was measured where the hub has one, so that what is there already is not read here."""
+        checksum = remote.checksums.get(name, "")
+        path = self.folder / name
+        if checksum.startswith("git:") and path.is_file() and path.stat().st_size == remote.sizes[name]:
+            return matches(path, checksum)
+        return checksum == f"sha256:{self.files[name]}"
+
+    def _overwritten(self, before: Remote, after: Remote) -> list[str]:
+        """What somebody else put there meanwhile and a commit of ours would take away again."""
+        touched = [name for name in after.sizes if before.checksums.get(name) != after.checksums.get(name)]
+        return [name for name in touched if name not in self.files or not self._same(after, name)]
+
+    def _addition(self, name: str) -> CommitOperationAdd:
+        """What to add for a file, its bytes found to be those that were measured; kept, so that it is read once."""
+        if name not in self.additions:
+            path = self.folder / name
+            if not path.is_file():
+                raise changed_since(self.place.repo, path)
+            addition = CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
+            if addition.upload_info.sha256.hex() != self.files[name]:
+                raise changed_since(self.place.repo, path)
+            self.additions[name] = addition
+        return self.additions[name]
 
     def branch(self) -> tuple[str | None, Remote]:
         """The branch to commit to, made when it is not there, and what it holds."""
@@ -162,19 +160,19 @@ class _Commits:
         """Make a branch hold the files, whatever befalls the commit on its way."""
         number = 0
         for _ in range(TRIES):
-            changed, gone = difference(before, self.additions)
+            changed, gone = self.difference(before)
             if not changed and not gone:
                 return self._published(before, changed=False)
             outcome = self._commit(before, revision, changed, gone)
             # A commit whose answer was lost may be there, and one that succeeded may lack what .gitignore names.
             after = self.look(revision)
-            changed, gone = difference(after, self.additions)
+            changed, gone = self.difference(after)
             if not changed and not gone:
                 return self._published(after, changed=True)
             if isinstance(outcome, CommitInfo):
                 what = f"the hub took the commit without {', '.join((changed + gone)[:3])}"
                 raise PublishError(self.where, what, "Remove the repo's .gitignore, then run it again")
-            if theirs := _overwritten(before, after, self.additions):
+            if theirs := self._overwritten(before, after):
                 what = f"somebody else committed {', '.join(theirs[:3])} at the same time"
                 raise PublishError(self.where, what, "Look at the repo's history, then run it again")
             if after.commit == before.commit and not wait_after(outcome, number, self.patience):
@@ -187,7 +185,7 @@ class _Commits:
         """A pull request that holds the files, opened unless it is there; none when the main branch holds them."""
         main = self.look(None)
         check_owner(self.place, main, self.where)
-        changed, gone = difference(main, self.additions)
+        changed, gone = self.difference(main)
         if not changed and not gone:
             return self._published(main, changed=False)
         author = patiently(self.client.whoami, self.patience)["name"]
@@ -195,7 +193,7 @@ class _Commits:
             found = self._find_request(author)
             if found is not None and found[1]:
                 return self._requested(found[0], changed=number > 0)
-            if found is not None and difference(closed := self.look(found[0]), self.additions) == ([], []):
+            if found is not None and self.difference(closed := self.look(found[0])) == ([], []):
                 note = "the pull request with exactly this was closed, so it is not opened again"
                 return replace(self._published(closed, changed=False), url=self._page(found[0]), note=note)
             outcome = self._commit(main, None, changed, gone, create_pr=True)
@@ -205,7 +203,7 @@ class _Commits:
                 if not wait_after(outcome, number, self.patience):
                     raise self._told(outcome)
                 main = self.look(None)
-                changed, gone = difference(main, self.additions)
+                changed, gone = self.difference(main)
         raise PublishError(self.where, "no pull request could be opened", "Look at those that are open, and run again")
 
     def _requested(self, revision: str, *, changed: bool) -> Published:
@@ -273,7 +271,7 @@ class _Commits:
         self, before: Remote, revision: str | None, changed: Sequence[str], gone: Sequence[str], create_pr: bool = False
     ) -> CommitInfo | Exception:
         """Try one commit upon the head that was looked at. Uploads that are there, also of an earlier try, are kept."""
-        added = [self.additions[name] for name in changed]
+        added = [self._addition(name) for name in changed]
         deleted = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in gone]
         try:
             with warnings.catch_warnings():

@@ -6,6 +6,7 @@ without the right. For repos that are yet to be made there is only what the toke
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Event
@@ -23,6 +24,7 @@ from converter.publish import Destination, check_origin
 CARD = "README.md"
 CARD_BYTES = 64 << 10  # of a card in which hubmill's mark is looked for
 MARK = b"quantized_by: hubmill"
+SLUG = re.compile(r"[\w.-]+/[\w.-]+-[0-9a-f]{24}", re.ASCII)  # of a collection, beginning with its owner
 PROBE = {"files": [{"path": CARD, "sample": "IyA=", "size": 2}]}  # what an upload of a card would ask first
 
 
@@ -106,10 +108,10 @@ class _Rights:
             yield self._no_right(f"publish to {owner}", f"may not make repos for {owner}")
         elif main is not None and not self._may_write(main, place):
             yield self._no_right(where, f"may not write to {repo}")
-        if place.collection and (
-            owner not in self.account.writable or self.account.lacks(owner, repo, "collection.write")
-        ):
-            yield self._no_right(f"publish to {owner}", f"may not make a collection for {owner}")
+        if place.collection:
+            keeper = place.collection.partition("/")[0] if SLUG.fullmatch(place.collection) else owner
+            if keeper not in self.account.writable or self.account.lacks(keeper, repo, "collection.write"):
+                yield self._no_right(f"publish to {keeper}", f"may not change or make a collection of {keeper}")
         if main is None:
             return
         head = main

@@ -16,6 +16,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+# Control characters but line ends and tabs; what is shown in their place.
+CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 State = Literal["start", "running", "done", "failed", "skipped", "note"]
 
 
@@ -75,7 +77,7 @@ class Bars:
         self._progress.update(bar, completed=event.fraction, doing=escape(doing))
         if event.note:
             self._progress.console.print(
-                f"{escape(event.title or event.subject)}: {escape(event.note)}", highlight=False
+                escape(harmless(f"{event.title or event.subject}: {event.note}")), highlight=False
             )
 
     def close(self) -> None:
@@ -88,13 +90,18 @@ def display(plain: bool) -> Display:
     return JsonLines() if plain or not console.is_terminal else Bars(console)
 
 
+def harmless(text: str) -> str:
+    """The text without what a terminal would obey: file names and words of strangers come here, too."""
+    return text.translate(CONTROLS)
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> None:
     """Print a table; `numbers` are the columns to set flush right."""
     table = Table(title=escape(title), title_justify="left", show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(escape(column), justify="right" if index in numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(harmless(cell)) for cell in row))
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     console.print(table)
@@ -107,12 +114,12 @@ def print_json(data: Mapping[str, object]) -> None:
 
 def print_line(text: str) -> None:
     """Print a line on standard output."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(harmless(text) + "\n")
 
 
 def print_error(text: str) -> None:
     """Print a line on standard error."""
-    sys.stderr.write(text.rstrip("\n") + "\n")
+    sys.stderr.write(harmless(text).rstrip("\n") + "\n")
 
 
 def bytes_text(count: float) -> str:

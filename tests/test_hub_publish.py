@@ -102,6 +102,7 @@ def test_large_file_in_parts_and_a_busy_store_arrive_in_one_commit(hub_server: H
     assert hub_server.files("owner/model")["a.gguf"] == data
     assert len(hub_server.requests("POST", "/commit/main")) == 1
     assert len([entry for entry in hub_server.requests("PUT", "/_lfs/.*/[0-9]+$") if entry.status == 200]) == 3
+    assert {entry.token for entry in hub_server.requests("PUT", "")} == {None}, "the store has signed addresses"
 
 
 def test_commit_by_somebody_else_in_between_is_not_overwritten(hub_server: HubServer, tmp_path: Path) -> None:
@@ -318,6 +319,15 @@ def test_commit_of_hidden_files_in_between_is_built_upon(hub_server: HubServer, 
     assert [entry.status for entry in hub_server.requests("POST", "/commit/main")] == [412, 200]
 
 
+def test_what_is_there_already_is_not_even_read(hub_server: HubServer, tmp_path: Path) -> None:
+    """A second publish of fifty artifacts of 40 GB must not hash 2 TB to find out that nothing is to do."""
+    files = artifact(tmp_path, README_dot_md=CARD, model_dot_gguf=b"GGUF" * 9)
+    hub = HuggingFaceHub(endpoint=hub_server.url, token=WRITER)
+    hub.publish(to("owner/model"), tmp_path, files, "m")
+    (tmp_path / "model.gguf").unlink()
+    assert not hub.publish(to("owner/model"), tmp_path, files, "m").changed
+
+
 def test_two_who_publish_the_same_at_once_make_one_commit(hub_server: HubServer, tmp_path: Path) -> None:
     files = artifact(tmp_path, README_dot_md=CARD, model_dot_gguf=b"GGUF" * 9)
     hub = HuggingFaceHub(endpoint=hub_server.url, token=WRITER)
@@ -472,7 +482,7 @@ def test_pull_request_needs_no_right_to_write(hub_server: HubServer, tmp_path: P
         ({"team": ["repo.write"]}, "owner/new", "", "may not make repos for owner"),
         ({"owner/there": ["repo.write"]}, "owner/there", "", ""),
         ({"owner/other": ["repo.write"]}, "owner/there", "", "may not write to owner/there"),
-        ({"owner": ["repo.write"]}, "owner/new", "Quants", "may not make a collection for owner"),
+        ({"owner": ["repo.write"]}, "owner/new", "Quants", "may not change or make a collection of owner"),
         ({"owner": ["repo.write", "collection.write"]}, "owner/new", "Quants", ""),
     ],
 )

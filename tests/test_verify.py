@@ -171,6 +171,12 @@ def test_damage_is_found_and_told_with_its_remedy(place: Path, copy: Path, name:
     assert answer.code == 1 and what in answer.output, answer
 
 
+def test_file_names_of_strangers_do_not_speak_to_the_terminal(copy: Path, hubmill: Command) -> None:
+    (copy / "x\x1b]0;owned\x07.py").write_text("")
+    answer = hubmill("verify", copy)
+    assert answer.code == 1 and "is there but was not made" in answer.output and "\x1b" not in answer.output
+
+
 def forge(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Write the artifact's own list anew, as somebody does who means to deceive."""
     path = folder / "provenance.json"
