@@ -113,7 +113,7 @@ def quantize_bytes(job: PlannedJob, block: int | None, gram: bool) -> int:
     shapes = [tensor.shape for tensor in job.tensors(block)]
     weights = sum(math.prod(shape) for shape in shapes) if block is not None else 0
     widest = max((math.prod(shape) for shape in shapes), default=0)
-    columns = max((shape[-1] for shape in shapes), default=0) if gram else 0
+    columns = max((shape[-1] for shape in shapes if shape), default=0) if gram else 0
     experts = _expert_grams(job.model, block) if gram and block is not None else 0
     return WORKER_BYTES + F32_BYTES * (weights + 3 * widest + GRAMS * columns**2 + experts)
 
