@@ -320,6 +320,14 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else config
 
 
+def code_notes(config: Mapping[str, Any], family: Architecture | None) -> tuple[str, ...]:
+    """What a plan says about a model that brings code along, a sentence without full stop; nothing of others."""
+    if not config.get("auto_map") or family is None or family.runs == "none":
+        return ()
+    said = "config.json names code that comes with the model (auto_map), which is never run"
+    return (f"{said}: the model is taken for {family.name} as transformers knows it",)
+
+
 def check_blocks(architecture: Architecture, config: Mapping[str, Any], tensors: Iterable[str], where: str) -> None:
     """Raise SourceError unless the blocks that `tensors` name are those that config.json counts.
 

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from converter.architecture import Runs
 from converter.errors import SourceError, UnsupportedError, said
+
+# Model types as first releases had them, and their keys that transformers has under other names.
+FORMER_TYPES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon", "stablelm_epoch": "stablelm"}
+FALCON_KEYS = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers", "n_head_kv": "num_kv_heads"}
+FORMER_KEYS = {
+    "RefinedWeb": FALCON_KEYS,
+    "RefinedWebModel": FALCON_KEYS,
+    "stablelm_epoch": {"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"},
+}
 
 
 def skeleton(folder: Path, runs: Runs, dtype: torch.dtype, device: torch.device, where: str) -> Any:
@@ -49,17 +59,41 @@ def _config(folder: Path, where: str) -> Any:
     except (OSError, ValueError) as error:
         remedy = "Fetch the model's config.json again"
         raise SourceError(where, f"config.json cannot be read: {error}", remedy) from error
-    if "auto_map" in written:
+    written = modern(written)
+    kind = written.get("model_type")
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    if "auto_map" in written and not known:
+        what = f"config.json asks for code that comes with the model (auto_map), which is never run, and '{kind}' is "
         raise UnsupportedError(
             where,
-            "config.json asks for code that comes with the model (auto_map), which is never run",
-            "Use a version of the model that transformers knows itself; if it is one, take auto_map out of config.json",
+            f"{what}no model type of transformers' own",
+            "Use a version of the model that transformers knows itself",
         )
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # The class itself where there is one: it never looks at auto_map.
+        config = (
+            CONFIG_MAPPING[kind].from_dict(written)
+            if known
+            else AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        )
     except Exception as error:  # whatever transformers or the model's config class makes of a wrong value
         what = f"transformers cannot use config.json: {said(error)}"
         raise SourceError(where, what, "Mend config.json") from error
     if "quantization_config" in written:
         del config.quantization_config  # weights come to us decoded
     return config
+
+
+def modern(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json as transformers reads it, from one that was written for a model's own code, before that."""
+    kind = config.get("model_type")
+    renamed = FORMER_KEYS.get(kind, {}) if isinstance(kind, str) else {}
+    found = {renamed.get(key, key): value for key, value in config.items()}
+    if renamed:
+        found["model_type"] = FORMER_TYPES[str(kind)]
+    if "n_head_kv" in config:
+        found["new_decoder_architecture"] = True
+    scaling = found.get("rope_scaling")
+    if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) == "su":
+        found["rope_scaling"] = {**scaling, "type": "longrope", "rope_type": "longrope"}
+    return found

@@ -17,8 +17,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 ROPES = ("default", "linear", "yarn", "llama3")
-# Keys that ask for tensors of their own, or for code, when they hold something.
-SWITCHES = ("auto_map", "attention_bias", "mlp_bias", "use_bias", "use_bidirectional_attention", "mlp_only_layers")
+# Keys that ask for tensors of their own when they hold something.
+SWITCHES = ("attention_bias", "mlp_bias", "use_bias", "use_bidirectional_attention", "mlp_only_layers")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 GEMMA_NORMS = (*NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from converter import dataset, hub, signing
 from converter.adapt import adapt, untied
-from converter.architecture import COMPUTED, check_blocks, find
+from converter.architecture import COMPUTED, check_blocks, code_notes, find
 from converter.calibration import digest
 from converter.containers import ArtifactPlan
 from converter.containers.tables import CONTAINERS
@@ -155,7 +155,8 @@ def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
     unused = [rule.pattern for rule in target.rules if not any(re.search(rule.pattern, name) for name in names)]
     moving = artifact.tensors if streams(target) else ()
     moved = {tensor.source: tensor.grid.name for tensor in moving if not tensor.prepare}
-    notes = packed_notes(model.snapshot.config, model.snapshot.packed, moved)
+    notes = code_notes(model.snapshot.config, model.architecture)
+    notes += packed_notes(model.snapshot.config, model.snapshot.packed, moved)
     notes += tuple(f"the rule '{pattern}' fits no tensor" for pattern in unused)
     if model.snapshot.copies:
         notes += ("the head is stored by itself: once the stream is turned, it is no longer the embedding",)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.adapt import adapt
-from converter.architecture import COMPUTED, Architecture, check_blocks, families, find, text_config
+from converter.architecture import COMPUTED, Architecture, check_blocks, code_notes, families, find, text_config
 from converter.containers.gguf import requantize
 from converter.containers.gguf.inspect import Inspected, inspect
 from converter.containers.gguf.source import bundle_of
@@ -146,7 +146,7 @@ def _of_checkpoint(snapshot: Snapshot, where: str) -> dict[str, Any]:
         "tokenizer": vars(gguf.tokenizer) if gguf.tokenizer else None,
         "formats": formats,
         "dropped": grouped(dropped, architecture),
-        "notes": list(gguf.notes),
+        "notes": [*code_notes(snapshot.config, architecture), *gguf.notes],
         "problems": list(dict.fromkeys([*problems, *said])),
     }
 

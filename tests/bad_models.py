@@ -157,7 +157,10 @@ REFUSED: Mapping[str, tuple[Damage, str]] = {
         config(model_type="llama"),
         r"block 0 to 1: .*unexpected self_attn\.k_norm\.weight.*fetch both",
     ),
-    "code of its own": (config(auto_map={"AutoModel": "x.Y"}), r"asks for code .*never run.*Use a version"),
+    "code of its own": (
+        config(auto_map={"AutoModel": "x.Y"}, model_type="qwen3_x"),
+        r"asks for code .*never run, and 'qwen3_x' is no model type.*Use a version",
+    ),
     "tensor left out": (weights(lambda tensors: tensors.pop(UP)), r"block 1: .*missing mlp\.up_proj\.weight"),
     "last norm left out": (weights(lambda tensors: tensors.pop(NORM)), r"the weights hold no model\.norm\.weight"),
     "head left out": (config(tie_word_embeddings=False), r"the weights hold no lm_head\.weight.*fetch both"),

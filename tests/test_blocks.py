@@ -352,7 +352,7 @@ def test_a_calibrated_block_survives_its_file(
             tensor_file.load(broken)
 
 
-def test_configs_that_need_their_own_code_are_refused(
+def test_code_that_comes_with_a_model_is_never_run(
     models: Mapping[str, tuple[Path, PreTrainedModel]], tmp_path: Path
 ) -> None:
     config = json.loads((models["llama"][0] / "config.json").read_text("utf-8"))
@@ -361,9 +361,12 @@ def test_configs_that_need_their_own_code_are_refused(
     with pytest.raises(SourceError, match=r"config\.json cannot be read"):
         Decoder(tmp_path, found, "tiny")
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n", "utf-8")
-    path.write_text(json.dumps({**config, "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C"}}))
-    with pytest.raises(UnsupportedError, match="auto_map"):
+    own = {**config, "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C"}}
+    path.write_text(json.dumps({**own, "model_type": "evil"}))
+    with pytest.raises(UnsupportedError, match=r"auto_map.* 'evil' is no model type of transformers"):
         Decoder(tmp_path, found, "tiny")
+    path.write_text(json.dumps(own))
+    assert Decoder(tmp_path, found, "tiny").blocks == config["num_hidden_layers"]
     assert not (tmp_path / "ran").exists()
     path.write_text(json.dumps({**config, "model_type": "nothing-known"}))
     with pytest.raises(SourceError, match="transformers cannot use"):

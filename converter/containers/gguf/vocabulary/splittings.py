@@ -134,7 +134,7 @@ class Splitting:
 
 SPLITTINGS = (
     Splitting(name="qwen2", steps=(QWEN2,)),
-    Splitting(name="stablelm2", steps=(QWEN2,), cleans=True, families=("stablelm",)),
+    Splitting(name="stablelm2", steps=(QWEN2,), cleans=True, families=("stablelm", "stablelm_epoch")),
     Splitting(name="hunyuan", steps=(QWEN2,), families=("hunyuan", "hunyuan_v1_moe")),
     Splitting(name="solar-open", steps=(QWEN2,), families=("solar_open",)),
     Splitting(name="grok-2", steps=(QWEN2,), families=("grok",)),
