@@ -26,12 +26,12 @@ class Llama:
     """A loaded GGUF file, to be used in a `with` statement. Its HTTP side listens on loopback only.
 
     pooling: how `embeddings` are made of hidden states, NONE or MEAN, CLS, LAST; the file's own with UNSPECIFIED. Empty
-    for models that continue text.
+    for models that continue text. ramp: the bounds of YaRN's ramp, fast and slow, that it is told to compute with.
     Raises RuntimeError with llama.cpp's own words when the file does not load.
     """
 
-    def __init__(self, path: Path, context: int = 512, pooling: str = "") -> None:
-        command = [sys.executable, __file__, str(path), str(context), pooling]
+    def __init__(self, path: Path, context: int = 512, pooling: str = "", ramp: tuple[float, float] = (-1, -1)) -> None:
+        command = [sys.executable, __file__, str(path), str(context), pooling, *map(str, ramp)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUIET
         )
@@ -87,7 +87,7 @@ class Llama:
         return json.loads(line)
 
 
-def serve(path: str, context: int, pooling: str) -> None:
+def serve(path: str, context: int, pooling: str, ramp: tuple[float, float]) -> None:
     """Load the file, say the server's address, then answer one completion request per line."""
     import xllamacpp
 
@@ -104,6 +104,7 @@ def serve(path: str, context: int, pooling: str) -> None:
     # The cache is f16 by default, which alone moves log-probabilities by 1e-3.
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    settings.yarn_beta_fast, settings.yarn_beta_slow = ramp
     if pooling:
         settings.embedding = True
         settings.pooling_type = xllamacpp.llama_pooling_type[f"LLAMA_POOLING_TYPE_{pooling}"]
@@ -114,4 +115,4 @@ def serve(path: str, context: int, pooling: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    serve(sys.argv[1], int(sys.argv[2]), sys.argv[3], (float(sys.argv[4]), float(sys.argv[5])))

@@ -18,6 +18,7 @@ from converter.containers.gguf import GGUF
 from converter.errors import SourceError, UnsupportedError
 from jobs.agreement import check_agreement
 from llama_peer import Llama
+from test_architectures import PROMPT, logits_of, tolerance
 from tiny_families import few, tiny_models
 
 TINY = tiny_models()
@@ -217,8 +218,6 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("olmo2", {"hidden_act": "gelu"}),
     ("olmo2", {"attention_bias": True}),
     ("olmo2", {"tie_word_embeddings": True}),
-    ("olmo2", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 2.0, "beta_fast": 16.0}}),
-    ("olmo2", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 2.0, "beta_slow": 2}}),
     (
         "olmo2-olmo3",
         {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
@@ -254,7 +253,6 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("arcee", {"hidden_act": "silu"}),
     ("arcee", {"mlp_bias": True}),
     ("qwen2", {"use_sliding_window": True}),
-    ("mistral-yarn", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 8.0, "beta_fast": 8}}),
 ]
 
 
@@ -290,6 +288,26 @@ def test_what_readers_do_otherwise_is_said_in_the_plan(made: Callable[[str], Pat
     snapshot, architecture = tiny.load(made(name))
     notes = GGUF.plan(snapshot, architecture, tiny.target("F32")).notes
     assert sum(said in note for note in notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "fast", "slow"), few([("mistral-yarn", 8, 2), ("deepseek_v3-yarn", 1, 1)], ("mistral-yarn",))
+)  # the latter are Kimi K2's
+def test_readers_that_are_told_bounds_of_yarns_ramp_compute_with_them(
+    save: Callable[[str], Path], tmp_path: Path, name: str, fast: int, slow: int
+) -> None:
+    folder = save(name)
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    tiny.edit_config(folder, rope_parameters=rope | {"beta_fast": fast, "beta_slow": slow})
+    plan = tiny.write(folder, tiny.target("F32"), tmp_path / "out")
+    told = [f"--yarn-beta-fast {fast}"] + [f"--yarn-beta-slow {slow}"] * (slow != 1)
+    assert [option in note for option, note in zip(told, plan.notes, strict=True)] == [True] * len(told)
+    logits = logits_of(TINY[name].load(folder))[-1]
+    expected = logits.log_softmax(-1)
+    with Llama(next((tmp_path / "out").glob("*.gguf")), ramp=(fast, slow)) as reader:
+        found = reader.next_logprobs(PROMPT)
+    worst = max(abs(value - float(expected[token])) for token, value in found.items())
+    assert worst < tolerance(TINY[name], logits)
 
 
 INTERNLM2 = {

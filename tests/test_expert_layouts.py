@@ -130,7 +130,6 @@ REFUSED = [
     ("deepseek_v2-query-latent", {"num_hidden_layers": 27}, "num_hidden_layers"),
     ("deepseek_v2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
     ("deepseek_v2-yarn", {"rope_scaling": YARN | {"mscale": 0.7}}, "yarn"),
-    ("deepseek_v3-yarn", {"rope_scaling": YARN | {"beta_fast": 16}}, "beta_fast"),
     ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),
     ("deepseek_v3", {"topk_method": "greedy"}, "topk_method"),
     ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit"),

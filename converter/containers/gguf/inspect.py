@@ -94,7 +94,8 @@ def inspect(snapshot: Snapshot, architecture: Architecture, targets: Sequence[Ta
                     target.type or "": fixed + tensor_bytes(planned[0], family, hyper.integers, target)
                     for target in targets
                 }
-                notes = unread(family, config, hyper.integers.get("context_length", 0)) + layout.notes
+                notes = unread(family, config, hyper.integers.get("context_length", 0))
+                notes += scaling.notes + layout.notes
     return Inspected(
         architecture=family.architecture,
         tokenizer=facts,

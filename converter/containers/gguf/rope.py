@@ -18,12 +18,16 @@ SAID = {"yarn_mscale": "yarn with mscale equal to mscale_all_dim"}
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How positions are stretched: metadata, and by tensor name one divisor per rotated frequency (empty: none)."""
+    """How positions are stretched: metadata, and by tensor name one divisor per rotated frequency (empty: none).
+
+    notes: what readers have to be told besides, a sentence each.
+    """
 
     kind: str = ""
     floats: Mapping[str, float] = field(default_factory=dict)
     original_context: int = 0
     divisors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def fields(self, prefix: str) -> dict[str, Field]:
         """The metadata under the architecture's prefix."""
@@ -68,14 +72,13 @@ def rope_scaling(family: Family, config: Mapping[str, Any], hyper: Hyper, where:
             return RopeScaling(kind=kind, floats={"factor": factor})
         original = int(settings.get("original_max_position_embeddings") or hyper.integers["context_length"])
         if kind in ("yarn", "yarn_mscale"):
-            _check_ramp(settings, where)
             floats = {"factor": factor}
             floats |= {f"yarn_{key}": float(settings[key]) for key in ("beta_fast", "beta_slow") if settings.get(key)}
             if kind == "yarn":
                 floats |= _attention_factor(settings, factor)
             else:  # DeepSeek's: rotated heads keep their length, scores grow by the square
                 floats["yarn_log_multiplier"] = 0.1 * float(settings["mscale"])
-            return RopeScaling(kind="yarn", floats=floats, original_context=original)
+            return RopeScaling(kind="yarn", floats=floats, original_context=original, notes=_ramp(settings))
         low, high = float(settings["low_freq_factor"]), float(settings["high_freq_factor"])
     except (KeyError, TypeError, ValueError) as error:
         what = f"config.json's rope scaling '{kind}' is incomplete: {error}"
@@ -87,12 +90,14 @@ def rope_scaling(family: Family, config: Mapping[str, Any], hyper: Hyper, where:
     return RopeScaling(divisors={FREQUENCIES: divisors})
 
 
-def _check_ramp(settings: Mapping[str, Any], where: str) -> None:
-    """Raise UnsupportedError for bounds of YaRN's ramp that readers do not compute with, whatever the file says."""
-    for name, taken in (("beta_fast", 32.0), ("beta_slow", 1.0)):
-        if (settings.get(name) or taken) != taken:
-            what = f"config.json sets {name} of its rope to {settings[name]}, and readers of GGUF compute with {taken}"
-            raise UnsupportedError(where, what, "Choose another format for this model")
+def _ramp(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """A sentence for each bound of YaRN's ramp that readers compute with only when told, whatever the file says."""
+    return tuple(
+        f"readers of GGUF stretch positions with {name} {taken} in place of {settings[name]} unless they are told: give "
+        f"llama.cpp --yarn-{name.replace('_', '-')} {settings[name]}"
+        for name, taken in (("beta_fast", 32), ("beta_slow", 1))
+        if (settings.get(name) or taken) != taken
+    )
 
 
 def _attention_factor(settings: Mapping[str, Any], factor: float) -> dict[str, float]:

@@ -66,7 +66,8 @@ def plan(snapshot: Snapshot, architecture: Architecture | None, target: Target) 
     weighing = weighing_of(target)
     notes = check_coverage(tensors, weighing, target, architecture, where)
     layout = lay_out(snapshot, known, target, tensors, weighing)
-    notes += unread(known.family, snapshot.config, known.hyper.integers["context_length"]) + layout.notes
+    notes += unread(known.family, snapshot.config, known.hyper.integers["context_length"])
+    notes += known.scaling.notes + layout.notes
     return ArtifactPlan(
         tensors=tensors,
         files=layout.files,
