@@ -33,11 +33,12 @@ MOST_EXPERTS = 4096
 EXPERT_INPUT, EXPERT_MIDDLE = "expert_input", "expert_middle"  # what the taps of experts are called, before a number
 BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # where it counts the blocks
 DECODER_BLOCKS = "num_decoder_layers"  # where a model of an encoder and a decoder counts the latter's
-# How models of pictures and text name their language model: what a name starts with alone, and inside of those.
+# What names start with alone, and inside of models of pictures and text; at last in those saved without their head.
 WRAPPED: tuple[Mapping[str, str], ...] = (
     {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
     {"model.": "model.language_model."},
     {"model.": "model.text_model."},
+    {"lm_head.": "lm_head.", "model.": ""},
 )
 
 

@@ -74,10 +74,11 @@ SPELLINGS: list[tuple[str, dict[str, str]]] = [
     ("gpt2-untied", {"transformer.": ""}),
     ("gpt_neox", {"embed_out.": "lm_head."}),
     ("ernie4_5", {"model.": "ernie."}),
+    ("qwen3", {"model.": ""}),  # Qwen3-Embedding, saved as the model inside
 ]
 
 
-@pytest.mark.parametrize(("name", "renamed"), few(SPELLINGS, ("gpt_neox",)))
+@pytest.mark.parametrize(("name", "renamed"), few(SPELLINGS, ("gpt_neox", "qwen3")))
 def test_other_names_of_tensors_give_the_same_file(
     save: Callable[[str], Path], tmp_path: Path, name: str, renamed: dict[str, str]
 ) -> None:
@@ -85,6 +86,7 @@ def test_other_names_of_tensors_give_the_same_file(
     expected = gguf_of(folder, tmp_path / "as-saved")
     rename_tensors(folder, renamed)
     assert gguf_of(folder, tmp_path / "renamed") == expected
+    check_agreement(*tiny.load(folder), "renamed")
 
 
 FALCON = ("num_attention_heads", "num_hidden_layers", "num_kv_heads", "new_decoder_architecture", "ffn_hidden_size")
