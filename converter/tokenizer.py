@@ -12,6 +12,17 @@ from transformers import AutoTokenizer
 
 from converter.errors import SourceError, said
 
+# A tokenizer is in one of these, at least.
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
@@ -30,7 +41,7 @@ class Tokenizer:
 
 def tokenizer(folder: Path, where: str) -> Tokenizer:
     """The tokenizer in a model's folder. Raises SourceError when there is none or it cannot be read."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+    if not any((folder / name).is_file() for name in FILES):
         raise SourceError(
             where,
             "no tokenizer: none of tokenizer.json, tokenizer.model, vocab.json, vocab.txt is there",

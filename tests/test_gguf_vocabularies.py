@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from converter.containers.gguf.vocabulary.hard_text import HARD_TEXT
 from converter.errors import SourceError, UnsupportedError
-from tokenizer_models import describe, differing, load, save, sentencepiece_model, split_by, values
+from tokenizer_models import ENGLISH, describe, differing, load, save, sentencepiece_model, split_by, values
 from vocab_peer import Vocabularies
 
 PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
@@ -126,6 +127,26 @@ def test_tokenizer_model_alone_tokenizes_as_sentencepiece_does(
     for text in HARD_TEXT:
         assert reader.tokenize(text) == before + processor.encode(text) + after, text
     assert not described.notes
+
+
+@pytest.mark.parametrize("family", ["xlm-roberta", "camembert"])
+def test_a_model_of_fairseqs_numbers_its_pieces_as_transformers_does(
+    family: str, reader: Vocabularies, tmp_path: Path
+) -> None:
+    model = sentencepiece_model("unigram", unk_id=0, bos_id=1, eos_id=2)
+    folder = save_model(tmp_path, model, "sentencepiece.bpe.model")
+    slow = {"xlm-roberta": "XLMRobertaTokenizer", "camembert": "CamembertTokenizer"}[family]
+    tokenizer = getattr(transformers, slow).from_pretrained(folder)
+    described = describe(folder, len(tokenizer) + 3, model_type=family)
+    assert values(described)["tokens"][: len(tokenizer)] == tuple(
+        tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    )
+    load(reader, described.fields, tmp_path / "v.gguf")
+    for text in ("It's what they said. \u00b0 unknown", *ENGLISH[:20]):
+        assert reader.tokenize(text) == tokenizer.encode(text), text
+    facts = reader.facts()
+    roles = ("bos", "eos", "sep", "pad", "mask")
+    assert {role: facts[role] for role in roles} == {role: getattr(tokenizer, f"{role}_token_id") for role in roles}
 
 
 def test_unigram_with_byte_fallback_differs_only_where_no_token_is(

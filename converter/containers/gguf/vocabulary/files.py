@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.containers.gguf.vocabulary.sentencepiece import Pieces, as_tokenizer, check_agreement, read_pieces
+from converter.containers.gguf.vocabulary.sentencepiece import (
+    FAIRSEQ,
+    FAIRSEQ_ROLES,
+    Pieces,
+    as_tokenizer,
+    check_agreement,
+    read_pieces,
+)
 from converter.containers.gguf.vocabulary.splittings import QWEN2, QWEN35
 from converter.errors import SourceError
 
@@ -75,7 +82,9 @@ def read_files(folder: Path, config: Mapping[str, Any], where: str) -> Files:
         if pieces is not None:
             check_agreement(tokenizer, pieces, where)
     elif pieces is not None:
-        tokenizer = with_added(as_tokenizer(pieces, str(config.get("model_type", ""))), folder, settings, where)
+        family = str(config.get("model_type", ""))
+        settings = {**FAIRSEQ_ROLES, **settings} if family in FAIRSEQ else settings
+        tokenizer = with_added(as_tokenizer(pieces, family), folder, settings, where)
     elif (folder / "vocab.json").is_file():
         tokenizer = with_added(from_merges(folder, settings, config, where), folder, settings, where)
     elif (folder / "vocab.txt").is_file():

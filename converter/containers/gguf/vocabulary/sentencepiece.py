@@ -21,8 +21,20 @@ from converter.errors import SourceError, UnsupportedError
 
 FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model")
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
-# Fairseq put its own special tokens before the pieces; transformers' classes for these models number them so.
-FAIRSEQ = ("xlm-roberta", "xlm-roberta-xl", "camembert", "xmod")
+# Fairseq put tokens of its own before the pieces, in place of the first of them, and a mask behind; transformers' classes
+# for these models number them so.
+XLM = ("<s>", "<pad>", "</s>", "<unk>")
+FAIRSEQ: Mapping[str, tuple[tuple[str, ...], int]] = {
+    "xlm-roberta": (XLM, 3),
+    "xlm-roberta-xl": (XLM, 3),
+    "xmod": (XLM, 3),
+    "camembert": (("<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>NOTUSED"), 1),
+}
+FAIRSEQ_ROLES: Mapping[str, str] = {
+    **{f"{role}_token": "<s>" for role in ("bos", "cls")},
+    **{f"{role}_token": "</s>" for role in ("eos", "sep")},
+    **{f"{role}_token": f"<{role}>" for role in ("unk", "pad", "mask")},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +109,13 @@ def as_tokenizer(pieces: Pieces, family: str) -> dict[str, Any]:
     """
     entries = [[piece, score] for piece, score in zip(pieces.pieces, pieces.scores, strict=True)]
     kinds = list(pieces.kinds)
+    processor = None
     if family in FAIRSEQ:
-        first = ["<s>", "<pad>", "</s>", "<unk>"]
-        entries = [[token, 0.0] for token in first] + entries[3:] + [["<mask>", 0.0]]
-        kinds = [Kind.CONTROL, Kind.CONTROL, Kind.CONTROL, Kind.UNKNOWN, *kinds[3:], Kind.CONTROL]
+        first, replaced = FAIRSEQ[family]
+        entries = [[token, 0.0] for token in first] + entries[replaced:] + [["<mask>", 0.0]]
+        own = [Kind.UNKNOWN if token == "<unk>" else Kind.CONTROL for token in first]
+        kinds = [*own, *kinds[replaced:], Kind.CONTROL]
+        processor = {"type": "RobertaProcessing", "cls": ["<s>", 0], "sep": ["</s>", 0]}
     added = [
         {"id": number, "content": entry[0], "special": kind == Kind.CONTROL, "normalized": False}
         for number, (entry, kind) in enumerate(zip(entries, kinds, strict=True))
@@ -125,6 +140,7 @@ def as_tokenizer(pieces: Pieces, family: str) -> dict[str, Any]:
         "added_tokens": added,
         "normalizer": {"type": "Sequence", "normalizers": normal},
         "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False},
+        "post_processor": processor,
     }
 
 
