@@ -313,6 +313,30 @@ def test_added_tokens_are_told_apart_and_found_in_text(reader: Vocabularies, tmp
     assert reader.facts()["eot"] == tokenizer.token_to_id("<|eot_id|>")
 
 
+@pytest.mark.parametrize("older", [False, True], ids=["tokenizer_config.json", "added_tokens.json"])
+def test_tokens_that_only_another_file_lists_are_tokens(older: bool, reader: Vocabularies, tmp_path: Path) -> None:
+    tokenizer = split_by((r"\p{L}+",))
+    count = tokenizer.get_vocab_size()
+    new = {"content": "<new>", "special": True, "normalized": False, "lstrip": False, "rstrip": False}
+    folder = save(tmp_path, tokenizer, **({} if older else {"added_tokens_decoder": {str(count): new}}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<new>" if older else "<unread>": count}))
+    described = describe(folder, count + 2, accepted="gpt-2")
+    assert values(described)["tokens"][count:] == ("<new>", f"[PAD{count + 1}]")
+    assert values(described)["token_type"][count:] == (4 if older else 3, 5)
+    load(reader, described.fields, tmp_path / "v.gguf")
+    fast = transformers.AutoTokenizer.from_pretrained(folder)
+    assert reader.tokenize("a<new>b") == fast.encode("a<new>b")
+
+
+def test_files_that_give_one_number_to_two_tokens_are_told(tmp_path: Path) -> None:
+    tokenizer = split_by((r"\p{L}+",))
+    other = {"content": "<five>", "special": True, "normalized": False, "lstrip": False, "rstrip": False}
+    described = describe(save(tmp_path, tokenizer, added_tokens_decoder={"5": other}), 1000, accepted="gpt-2")
+    own = tokenizer.id_to_token(5)
+    assert values(described)["tokens"][5] == own
+    assert [f"such as 5, '{own}' and '<five>'" in note for note in described.notes][0]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -93,8 +93,8 @@ def rope_scaling(family: Family, config: Mapping[str, Any], hyper: Hyper, where:
 def _ramp(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """A sentence for each bound of YaRN's ramp that readers compute with only when told, whatever the file says."""
     return tuple(
-        f"readers of GGUF stretch positions with {name} {taken} in place of {settings[name]} unless they are told: give "
-        f"llama.cpp --yarn-{name.replace('_', '-')} {settings[name]}"
+        f"readers of GGUF stretch positions with {name} {taken} in place of {settings[name]} unless they are told: "
+        f"give llama.cpp --yarn-{name.replace('_', '-')} {settings[name]}"
         for name, taken in (("beta_fast", 32), ("beta_slow", 1))
         if (settings.get(name) or taken) != taken
     )

@@ -74,7 +74,11 @@ def describe(files: Files, rows: int, where: str, accepted: str | None) -> Descr
         remedy = f"To accept that, give the target metadata: {{{PRE_KEY}: {reading.name}}}; or {ELSEWHERE[0].lower()}"
         raise UnsupportedError(where, "; ".join(reading.objections), remedy + ELSEWHERE[1:])
     check_distinct(reading.fields["tokenizer.ggml.tokens"].value, where)
-    notes = [*reading.notes, *(f"accepted by the manifest: {objection}" for objection in reading.objections)]
+    notes = [
+        *files.notes,
+        *reading.notes,
+        *(f"accepted by the manifest: {objection}" for objection in reading.objections),
+    ]
     if homeless := without_row(files.tokenizer, rows):
         notes.append(f"tokens that have no row in the embedding are left out: {shorten(', '.join(homeless))}")
     if taking := greedy(files.tokenizer):

@@ -21,6 +21,7 @@ from converter.containers.gguf.vocabulary.sentencepiece import (
     read_pieces,
 )
 from converter.containers.gguf.vocabulary.splittings import QWEN2, QWEN35
+from converter.containers.gguf.vocabulary.tokens import entries
 from converter.errors import SourceError
 
 SAVE_AGAIN = "Save it beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
@@ -52,7 +53,7 @@ class Files:
     """A tokenizer's files, parsed; `templates` are chat templates by name ("default" first).
 
     tokenizer: tokenizer.json, or what it would be. pieces: SentencePiece's file, where it agrees. bare: there was no
-    tokenizer.json, and `pieces` are all that is known.
+    tokenizer.json, and `pieces` are all that is known. notes: where the files contradict each other.
     """
 
     tokenizer: Mapping[str, Any]
@@ -62,6 +63,7 @@ class Files:
     templates: Mapping[str, str]
     pieces: Pieces | None
     bare: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def family(self) -> str:
@@ -77,8 +79,10 @@ def read_files(folder: Path, config: Mapping[str, Any], where: str) -> Files:
     tokenizer = read_json(folder / "tokenizer.json", where)
     pieces = read_pieces(folder, where, needed=not tokenizer and not (folder / "vocab.json").is_file())
     bare = not tokenizer
+    notes: tuple[str, ...] = ()
     if tokenizer:
         check_layout(tokenizer, where)
+        tokenizer, notes = completed(tokenizer, listed_elsewhere(folder, settings, where))
         if pieces is not None:
             check_agreement(tokenizer, pieces, where)
     elif pieces is not None:
@@ -100,6 +104,7 @@ def read_files(folder: Path, config: Mapping[str, Any], where: str) -> Files:
         templates=read_templates(folder, settings, where),
         pieces=pieces,
         bare=bare and pieces is not None,
+        notes=notes,
     )
 
 
@@ -223,17 +228,37 @@ def text_of(given: Any, default: str) -> str:
     return default if content is None else str(content)
 
 
+def listed_elsewhere(folder: Path, settings: Mapping[str, Any], where: str) -> dict[int, dict[str, Any]]:
+    """The added tokens by id that tokenizer_config.json lists, or, as in transformers, else added_tokens.json."""
+    listed = settings.get("added_tokens_decoder")
+    if listed:
+        return {int(number): {"id": int(number), **token} for number, token in listed.items()}
+    older = read_json(folder / "added_tokens.json", where)
+    return {int(number): {"id": int(number), "content": text, "special": False} for text, number in older.items()}
+
+
+def completed(
+    tokenizer: dict[str, Any], listed: Mapping[int, Mapping[str, Any]]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """tokenizer.json with added tokens that only other files list, as in transformers, and what is said of it."""
+    known = {number: token for token, number, _ in entries(tokenizer["model"])}
+    known |= {int(token["id"]): str(token["content"]) for token in tokenizer.get("added_tokens") or []}
+    texts = set(known.values())
+    more = [dict(token) for number, token in listed.items() if number not in known and token["content"] not in texts]
+    others = [number for number, token in listed.items() if number in known and token["content"] != known[number]]
+    said = "tokenizer.json and other files have different tokens of the same number, such as {}: the former are taken"
+    shown = [f"{number}, '{known[number]}' and '{listed[number]['content']}'" for number in others[:1]]
+    return tokenizer | {"added_tokens": [*(tokenizer.get("added_tokens") or []), *more]}, tuple(map(said.format, shown))
+
+
 def with_added(tokenizer: dict[str, Any], folder: Path, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A tokenizer without tokenizer.json, with the added tokens that its other files list."""
     listed = tokenizer["model"]["vocab"]
     known = dict(listed) if isinstance(listed, Mapping) else {entry[0]: place for place, entry in enumerate(listed)}
     added = {token["id"]: token for token in tokenizer.get("added_tokens") or []}
-    for text, number in read_json(folder / "added_tokens.json", where).items():
-        added[int(number)] = {"id": int(number), "content": text, "special": False}
-        known[text] = int(number)
-    for number, token in (settings.get("added_tokens_decoder") or {}).items():
-        added[int(number)] = {"id": int(number), **token}
-        known[token["content"]] = int(number)
+    for number, token in listed_elsewhere(folder, settings, where).items():
+        added[number] = token
+        known[token["content"]] = number
     roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     named = [text_of(settings.get(f"{role}_token"), "") for role in roles]
     named += [text_of(given, "") for given in settings.get("additional_special_tokens") or []]

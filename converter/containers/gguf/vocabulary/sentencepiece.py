@@ -21,8 +21,8 @@ from converter.errors import SourceError, UnsupportedError
 
 FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model")
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
-# Fairseq put tokens of its own before the pieces, in place of the first of them, and a mask behind; transformers' classes
-# for these models number them so.
+# Fairseq put tokens of its own before the pieces, in place of the first of them, and a mask behind; transformers'
+# classes for these models number them so.
 XLM = ("<s>", "<pad>", "</s>", "<unk>")
 FAIRSEQ: Mapping[str, tuple[tuple[str, ...], int]] = {
     "xlm-roberta": (XLM, 3),
