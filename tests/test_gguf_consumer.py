@@ -135,8 +135,12 @@ def test_a_sentencepiece_tokenizer_tokenizes_as_transformers_does(scheme: str, t
     folder = tmp_path / "model"
     tiny.save_model(folder, "llama", width=64, middle=64)
     tiny.save_tokenizer(tokenizer, folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tiny.write(folder, tiny.target("F32"), tmp_path / "out")
+    notes = tiny.write(folder, tiny.target("F32"), tmp_path / "out").notes
     text = tiny.HARD_TEXT
+    assert ["begins with one" in note for note in notes] == [True] * (scheme in ("always", "first"))
+    assert ["follows a special" in note for note in notes] == [True] * (scheme == "first") + [False] * (
+        scheme == "always"
+    )
     if scheme in ("always", "first"):
         # SentencePiece, and llama.cpp, put a space before every stretch of text; Metaspace not where there is one
         # already, and with "first" not behind special tokens.

@@ -32,6 +32,8 @@ from converter.errors import UnsupportedError
 
 BY_SCORES, BY_MERGES = "default", "sarvam-moe"
 REPLACES, PREFIXES, IDLE = "replaces", "prefixes", "idle"
+SPACES_PUT = "readers of GGUF put a space before a text that begins with one, too{}, and transformers does not"
+BEHIND = {"first": ", and before what follows a special token"}  # by Metaspace's prepend_scheme
 
 
 def read_characters(tokenizer: Mapping[str, Any], vocabulary: Vocabulary, pieces: Pieces | None, where: str) -> Reading:
@@ -82,7 +84,9 @@ def preparation(tokenizer: Mapping[str, Any], pieces: Pieces | None) -> tuple[bo
     roles = {id(step): role_of(step) for step in steps}
     found = {role for given in roles.values() for role in given}
     objections: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    notes = tuple(
+        map(SPACES_PUT.format, [BEHIND.get(step.get("prepend_scheme"), "") for step in steps if yields(step)])
+    )
     if REPLACES not in found:
         objections += ("the tokenizer has byte fallback but keeps spaces as they are, which readers of GGUF do not",)
     splits = any(step.get("type") == "Metaspace" and step.get("split", True) for step in steps)
@@ -102,6 +106,11 @@ def preparation(tokenizer: Mapping[str, Any], pieces: Pieces | None) -> tuple[bo
         else:
             notes += (f"{said}, which change nothing in a hard text",)
     return PREFIXES in found, notes, objections
+
+
+def yields(step: Mapping[str, Any]) -> bool:
+    """Whether a step puts a space before text only where there is none."""
+    return step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never"
 
 
 def role_of(step: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,11 +8,10 @@ vocabulary of 250,000 costs little; merges of anything else never come into play
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import cache
-from itertools import accumulate, pairwise
 from typing import Any
 
 from tokenizers import Encoding, Regex, Tokenizer, pre_tokenizers
@@ -31,7 +30,7 @@ EXAMPLES, EXAMPLE_LETTERS = 3, 24
 class Difference:
     """How much of the hard text is cut otherwise.
 
-    share: of the tokens, those that the other one does not make. spaces: only runs of spaces and newlines are cut
+    share: of the tokens, how many are others. spaces: only runs of spaces and newlines are cut
     otherwise. examples: what is cut how, and how by the other one.
     """
 
@@ -115,18 +114,17 @@ def letters(normalizer: str, as_bytes: bool) -> tuple[frozenset[str], str]:
 def compare(mine: Sequence[Encoding], theirs: Sequence[Encoding], names: Mapping[str, str] | None = None) -> Difference:
     """What another tokenizer does otherwise, by what encode() gives; names: tokens that it writes in another way."""
     total = sum(len(encoding.tokens) for encoding in mine)
-    missing, regions = 0, []
+    changed, stretches = 0, []
     for line, left, right in zip(HARD_TEXT, mine, theirs, strict=True):
-        lost = Counter(marks(left, {})) - Counter(marks(right, names or {}))
-        missing += sum(lost.values())
-        if lost:
-            regions += differing(line, left, right)
-    if not missing:
+        found = differing(line, left, right, names or {})
+        changed += sum(count for count, _ in found)
+        stretches += [stretch for _, stretch in found]
+    if not changed:
         return Difference()
-    spaces = all(region.isspace() for region, _, _ in regions)
-    regions.sort(key=lambda region: (len(region[0]) > EXAMPLE_LETTERS, not region[0].isascii(), -len(region[1])))
-    shown = {region: f"{region!r} is {show(left)} and would be {show(right)}" for region, left, right in regions}
-    return Difference(share=missing / total, spaces=spaces, examples=varied(shown))
+    spaces = not any(region.strip() for region, _, _ in stretches)
+    stretches.sort(key=lambda one: (not one[0], len(one[0]) > EXAMPLE_LETTERS, not one[0].isascii(), -len(one[1])))
+    shown = {region: f"{region!r} is {show(left)} and would be {show(right)}" for region, left, right in stretches}
+    return Difference(share=min(1.0, changed / total), spaces=spaces, examples=varied(shown))
 
 
 def varied(shown: Mapping[str, str]) -> tuple[str, ...]:
@@ -143,34 +141,39 @@ def encode(tokenizer: Tokenizer) -> list[Encoding]:
     return [tokenizer.encode(line, add_special_tokens=False) for line in HARD_TEXT]
 
 
-def marks(encoding: Encoding, names: Mapping[str, str]) -> Iterator[tuple[tuple[int, int], str]]:
-    return zip(encoding.offsets, (names.get(token, token) for token in encoding.tokens), strict=True)
+Stretch = tuple[str, list[str], list[str]]  # a stretch of text, its pieces, and those of the other
 
 
-def differing(line: str, left: Encoding, right: Encoding) -> list[tuple[str, list[str], list[str]]]:
-    """Stretches of text between common ends that are cut otherwise: the text, its pieces, and those of the other."""
-    ends = sorted(pieces_ends(left) & pieces_ends(right) | {0, len(line)})
+def differing(line: str, left: Encoding, right: Encoding, names: Mapping[str, str]) -> list[tuple[int, Stretch]]:
+    """How many tokens are others, and of which stretch of text, for each run of them.
+
+    Places in the text only serve to show it: where a space is put before a word, tokenizers disagree on them.
+    """
+    own, other = left.tokens, [names.get(token, token) for token in right.tokens]
+    if own == other:
+        return []
     found = []
-    for start, end in pairwise(ends):
-        mine, theirs = inside(line, left, start, end), inside(line, right, start, end)
-        if mine != theirs:
-            found.append((line[start:end], mine, theirs))
+    for kind, start, end, first, last in SequenceMatcher(None, own, other, autojunk=False).get_opcodes():
+        if kind != "equal":
+            mine, theirs = left.offsets[start:end], right.offsets[first:last]
+            covered = line[min(place for place, _ in mine + theirs) : max(place for _, place in mine + theirs)]
+            stretch = (covered, pieces(line, mine), pieces(line, theirs))
+            found.append((max(end - start, last - first), stretch))
     return found
 
 
-def pieces_ends(encoding: Encoding) -> set[int]:
-    # Tokens of parts of a letter share its place; what counts is how far the text is covered.
-    return set(accumulate((end for _, end in encoding.offsets), max))
-
-
-def inside(line: str, encoding: Encoding, start: int, end: int) -> list[str]:
-    """The pieces of text between two places; tokens of parts of a letter are one piece."""
-    places = dict.fromkeys(place for place in encoding.offsets if start <= place[0] and place[1] <= end)
-    return [line[first:last] for first, last in places]
+def pieces(line: str, places: Sequence[tuple[int, int]]) -> list[str]:
+    """The text at these places; tokens of parts of a letter share its place and are one piece."""
+    return [line[start:end] for start, end in dict.fromkeys(places)]
 
 
 def show(pieces: Sequence[str]) -> str:
-    return "|".join(pieces).encode("unicode_escape").decode() if "".join(pieces).isspace() else "|".join(pieces)
+    """Pieces with bars between them; what cannot be seen is escaped, spaces where there is nothing else."""
+    text = "|".join(pieces)
+    hidden = "".join(pieces).isspace()
+    return "".join(
+        letter.encode("unicode_escape").decode() if hidden or not letter.isprintable() else letter for letter in text
+    )
 
 
 @cache

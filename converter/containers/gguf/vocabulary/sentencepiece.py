@@ -134,12 +134,13 @@ def as_tokenizer(pieces: Pieces, family: str) -> dict[str, Any]:
         vocabulary = {token: number for number, (token, _) in enumerate(entries)}
         unknown_token = None if unknown is None else entries[unknown][0]
         model = {"type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": unknown_token}
-    scheme = "always" if pieces.puts_space else "never"
+    if pieces.puts_space:  # also where there is one, as Metaspace does not
+        normal.append({"type": "Prepend", "prepend": SPACE})
     return {
         "model": model | {"byte_fallback": pieces.byte_fallback},
         "added_tokens": added,
         "normalizer": {"type": "Sequence", "normalizers": normal},
-        "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False},
+        "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False},
         "post_processor": processor,
     }
 

@@ -27,7 +27,7 @@ MARKS_LOST = (
     "where BERT takes accents off, readers of GGUF drop every combining mark and all but the first letter of a Korean "
     "syllable, so Korean and the scripts of India get other tokens than in transformers"
 )
-NO_LIMIT = 1_000_000  # letters in a word; beyond its own limit BERT takes a word for unknown, and readers do not
+NO_LIMIT = 1_000_000  # letters in a word
 
 
 def read_wordpiece(tokenizer: Mapping[str, Any], vocabulary: Vocabulary) -> Reading:
@@ -36,7 +36,10 @@ def read_wordpiece(tokenizer: Mapping[str, Any], vocabulary: Vocabulary) -> Read
     lower, strips, strange = switches(tokenizer)
     normalizer = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}
     normalizer |= {"strip_accents": strips, "lowercase": lower}
+    longest = tokenizer["model"].get("max_input_chars_per_word", NO_LIMIT)
     notes: tuple[str, ...] = (MARKS_LOST,) if strips else ()
+    if longest < NO_LIMIT:
+        notes += (f"words of more than {longest} letters are unknown in transformers, and readers of GGUF cut them",)
     objections: tuple[str, ...] = ()
     if strange:
         model = tokenizer["model"] | {"max_input_chars_per_word": NO_LIMIT}
