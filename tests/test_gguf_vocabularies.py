@@ -12,6 +12,7 @@ import sentencepiece
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from converter.containers.gguf.header import compose
 from converter.containers.gguf.vocabulary.hard_text import HARD_TEXT
 from converter.errors import SourceError, UnsupportedError
 from tokenizer_models import ENGLISH, describe, differing, load, save, sentencepiece_model, split_by, values
@@ -353,6 +354,19 @@ def test_broken_tokenizers_are_refused(change: dict[str, Any], words: str, tmp_p
     content = json.loads(split_by((r"\p{L}+",), size=300).to_str())
     with pytest.raises((SourceError, UnsupportedError), match=words):
         describe(save(tmp_path, content | change), 1000, accepted="gpt-2")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("\ud83d", r"half a character"), ("a\0b", r"gives two ids to the token 'a'")],
+    ids=["surrogate", "up to a NUL"],
+)
+def test_tokens_that_readers_cannot_read_are_refused(content: str, words: str, tmp_path: Path) -> None:
+    tokenizer = json.loads(split_by((r"\p{L}+",), size=300).to_str())
+    added = {"id": 300, "content": content, "special": True, "normalized": False}
+    folder = save(tmp_path, tokenizer | {"added_tokens": [added]})
+    with pytest.raises(SourceError, match=words):
+        compose(describe(folder, 1000, accepted="gpt-2").fields, ())
 
 
 def test_missing_broken_and_too_large_tokenizers_are_refused(tmp_path: Path) -> None:

@@ -170,7 +170,11 @@ def file_size(head: bytes, tensors: Sequence[Stored]) -> int:
 
 
 def _text(value: str) -> bytes:
-    data = value.encode("utf-8")
+    try:
+        data = value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can say it
+        what = f"{value[:40]!r} holds half a character (a surrogate without its other half), which no GGUF file can say"
+        raise SourceError("GGUF metadata", what, "Mend the tokenizer's files, or what else says it") from error
     return struct.pack("<Q", len(data)) + data
 
 

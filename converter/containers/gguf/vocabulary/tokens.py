@@ -105,9 +105,10 @@ def vocabulary_of(tokenizer: Mapping[str, Any], rows: int, where: str) -> Vocabu
 
 
 def check_distinct(tokens: Sequence[str], where: str) -> None:
-    """Raise SourceError when two ids have one token, for which readers end themselves."""
-    if len(set(tokens)) != len(tokens):
-        twice = next(token for token, count in Counter(tokens).items() if count > 1)
+    """Raise SourceError when two ids have one token, for which readers end themselves; they read up to a NUL."""
+    read = [token.partition("\0")[0] for token in tokens]
+    if len(set(read)) != len(read):
+        twice = next(token for token, count in Counter(read).items() if count > 1)
         raise SourceError(where, f"the tokenizer gives two ids to the token '{twice}'", "Remove one of them")
 
 
