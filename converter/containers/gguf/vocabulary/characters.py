@@ -85,7 +85,7 @@ def preparation(tokenizer: Mapping[str, Any], pieces: Pieces | None) -> tuple[bo
     found = {role for given in roles.values() for role in given}
     objections: tuple[str, ...] = ()
     notes = tuple(
-        map(SPACES_PUT.format, [BEHIND.get(step.get("prepend_scheme"), "") for step in steps if yields(step)])
+        map(SPACES_PUT.format, [BEHIND.get(str(step.get("prepend_scheme")), "") for step in steps if yields(step)])
     )
     if REPLACES not in found:
         objections += ("the tokenizer has byte fallback but keeps spaces as they are, which readers of GGUF do not",)
