@@ -32,7 +32,7 @@ RECIPES: dict[Kind, int] = {
     "calibrate": 1,
     "imatrix": 1,
     "propagate": 1,
-    "quantize": 1,
+    "quantize": 2,
     "assemble": 1,
     "reference": 1,
     "evaluate": 2,

@@ -46,7 +46,7 @@ def outcome(case: Case, device: str) -> Outcome:
     """The result of one case on `device`."""
     weight, order_I = case.weight.to(device), case.order_I
     codes, error = columns.solve(weight, case.factor, case.frame, order_I, backend="triton")
-    refined = columns.refine(weight, case.hessian, case.frame, codes, sweeps=case.sweeps, backend="triton")
+    _, refined = columns.refine(weight, case.hessian, case.frame, codes, sweeps=case.sweeps, backend="triton")
     assert codes.device.type == refined.device.type == device
     return Outcome(codes=codes.cpu(), error=error.cpu(), refined=refined.cpu())
 

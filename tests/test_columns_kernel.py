@@ -35,9 +35,11 @@ class Problem:
         return columns.solve(self.weight, self.factor, self.frame, self.order_I, threads=threads, backend=backend)
 
     def refine(self, codes: Tensor, sweeps: int = 2, backend: columns.Backend = "cpu", threads: int = 1) -> Tensor:
-        return columns.refine(
+        frame, moved = columns.refine(
             self.weight, self.hessian, self.frame, codes, sweeps=sweeps, threads=threads, backend=backend
         )
+        assert torch.equal(frame.scale_OG, self.frame.scale_OG), "without a ladder scales stay"
+        return moved
 
     def error(self, codes: Tensor) -> Tensor:
         """(w' - w) H (w' - w)^T of each row, f64."""

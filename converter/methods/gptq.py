@@ -177,10 +177,7 @@ def _solve_rows(
     """The frame, with better scales where it may have others, and the codes."""
     threads = torch.get_num_threads()
     codes, _ = columns.solve(weight_OI, factor.upper_II, frame, factor.order_I, threads=threads)
-    for _ in range(sweeps):
-        frame = columns.rescale(weight_OI, factor.hessian_II, frame, codes)
-        codes = columns.refine(weight_OI, factor.hessian_II, frame, codes, sweeps=1, threads=threads)
-    return frame, codes
+    return columns.refine(weight_OI, factor.hessian_II, frame, codes, sweeps=sweeps, threads=threads)
 
 
 def factorize(gram_II: Tensor, damping: float, where: str, together: int = 1) -> Factor:

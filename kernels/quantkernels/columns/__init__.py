@@ -1,9 +1,9 @@
 """Columns: choosing a weight's codes one column after the other against a Hessian, on a frame that stays as it is.
 
 `solve` is GPTQ's loop, which rounds a column and corrects those not yet rounded; `refine` is coordinate descent, which
-goes back to columns that were. Blocks of 128 columns are worked on in a kernel, then one matrix product corrects all
-columns beyond the block. The alternative, the same loops in torch, launches some ten operations per column: 5 times the
-time and more on a CPU.
+goes back to columns that were, and to scales. Blocks of 128 columns are worked on in a kernel, then one matrix product
+corrects all columns beyond the block. The alternative, the same loops in torch, launches some ten operations per
+column: 5 times the time and more on a CPU.
 
 # O out, I in, G groups of a row.
 """
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantkernels.columns import points, reference, reference_points
+from quantkernels.columns.descent import Descent, Move, begin, sweep
 from quantkernels.columns.frame import AnyFrame, Frame, Ladder, PointFrame, join_code, on, split, split_code, stack
-from quantkernels.columns.rescale import rescale
 
 __all__ = [
     "AnyFrame",
@@ -29,7 +29,6 @@ __all__ = [
     "join_code",
     "on",
     "refine",
-    "rescale",
     "solve",
     "split",
     "split_code",
@@ -96,40 +95,51 @@ def refine(
     sweeps: int,
     threads: int = 1,
     backend: Backend | None = None,
-) -> Tensor:
-    """Codes with no more error than `codes`: each in turn moves to where the error is least, `sweeps` times.
+) -> tuple[AnyFrame, Tensor]:
+    """A frame and codes with no more error than those given: scales and codes each move to where it is least.
 
     weight [O, I] f32; hessian [I, I] f32, symmetric and positive definite; the error is that of `solve`. With
     P = (w' - w) H kept up to date, the best value of column j is w'_j - P_j / H_jj, and likewise for the columns that
-    share a code; ties and a diagonal Hessian leave every code that was nearest as it was. Columns go in their own
-    order: descent forgets the order it began with. Where it runs is as for `solve`.
+    share a code; ties and a diagonal Hessian leave every code that was nearest as it was. Scales and offsets move as
+    far as the frame's ladders allow, so without ladders not at all. Columns go in their own order, `sweeps` times:
+    descent forgets the order it began with. Where it runs is as for `solve`.
     Source: Behdin et al. 2023, QuantEase, arXiv:2309.01885.
     """
-    chosen = _chosen(weight, frame, backend)
-    if chosen == "triton":
-        return _refine_on_gpu(weight, hessian, frame, codes, sweeps)
-    home, frame = weight.device, on(frame, torch.device("cpu"))
-    moved = codes.cpu().clone(memory_format=torch.contiguous_format).numpy()
-    value = frame.decode(torch.from_numpy(moved)).contiguous()
-    off = (value - weight.cpu()).contiguous()  # laid out as weight is, otherwise
-    hessian = hessian.cpu()
-    arrays = off.numpy(), value.numpy(), _floats(hessian)
-    order_I = torch.arange(weight.shape[1])
+    chosen, home = _chosen(weight, frame, backend), weight.device
+    state = begin(weight, hessian, frame, codes, home if chosen == "triton" else torch.device("cpu"))
+    move, block = _move(state, chosen, threads), weight.shape[1] if chosen == "reference" else BLOCK
     for _ in range(sweeps):
-        match frame, chosen:
-            case Frame(), "cpu":
-                from quantkernels.columns import cpu
+        sweep(state, move, block)
+    return on(state.frame, home), state.codes.to(home)
 
-                cpu.refine(*arrays, _grid(frame, order_I), moved, block=BLOCK, threads=threads)
-            case Frame(), _:
-                reference.refine(*arrays, (off @ hessian).numpy(), _grid(frame, order_I), moved)
-            case PointFrame(), "cpu":
-                from quantkernels.columns import cpu_points
 
-                cpu_points.refine(*arrays, _point_grid(frame, order_I), moved, block=BLOCK, threads=threads)
-            case PointFrame(), _:
-                reference_points.refine(*arrays, (off @ hessian).numpy(), _point_grid(frame, order_I), moved)
-    return torch.from_numpy(moved).to(home)
+def _move(state: Descent, chosen: Backend, threads: int) -> Move:
+    """What moves the codes of a block of columns."""
+    frame, order_I = state.frame, torch.arange(state.weight_OI.shape[1])
+    if chosen == "triton":
+        from quantkernels.columns import gpu
+
+        assert isinstance(frame, Frame), "no GPU kernel solves lattices"
+        tensors = state.off_OI, state.value_OI, state.hessian_II, gpu.grid_of(frame, order_I, state.off_OI.device)
+        return lambda first, slope_OC: gpu.refine(first, slope_OC, *tensors, state.codes)
+    arrays = state.off_OI.numpy(), state.value_OI.numpy(), state.hessian_II.numpy()
+    codes = state.codes.numpy()
+    if isinstance(frame, Frame):
+        grid = _grid(frame, order_I)
+        if chosen == "reference":
+            return lambda first, slope_OC: reference.refine(first, slope_OC.numpy(), *arrays, grid, codes)
+        from quantkernels.columns import cpu
+
+        return lambda first, slope_OC: cpu.refine(first, slope_OC.numpy(), *arrays, grid, codes, threads=threads)
+    lattice = _point_grid(frame, order_I)
+    if chosen == "reference":
+        return lambda first, slope_OC: reference_points.refine(first, slope_OC.numpy(), *arrays, lattice, codes)
+    from quantkernels.columns import cpu_points
+
+    metrics = points.metric_of_hessian(points.blocks_of(arrays[2]))
+    return lambda first, slope_OC: cpu_points.refine(
+        first, slope_OC.numpy(), *arrays, metrics, lattice, codes, threads=threads
+    )
 
 
 def _chosen(weight: Tensor, frame: AnyFrame, backend: Backend | None) -> Backend:
@@ -149,20 +159,6 @@ def _solve_on_gpu(weight: Tensor, factor: Tensor, frame: AnyFrame, order_I: Tens
     codes_OI = torch.empty_like(ordered_OI)
     codes_OI[:, order_I] = ordered_OI
     return codes_OI, error_O
-
-
-def _refine_on_gpu(weight: Tensor, hessian: Tensor, frame: AnyFrame, codes: Tensor, sweeps: int) -> Tensor:
-    from quantkernels.columns import gpu
-
-    assert isinstance(frame, Frame), "no GPU kernel solves lattices"
-    frame_here = on(frame, weight.device)
-    moved_OI = codes.to(weight.device).clone(memory_format=torch.contiguous_format)
-    value_OI = frame_here.decode(moved_OI).contiguous()
-    off_OI = (value_OI - weight).contiguous()
-    grid = gpu.grid_of(frame, torch.arange(weight.shape[1]), weight.device)
-    for _ in range(sweeps):
-        gpu.refine(off_OI, value_OI, hessian.to(weight.device), grid, moved_OI, block=BLOCK)
-    return moved_OI
 
 
 def _grid(frame: Frame, order_I: Tensor) -> reference.Grid:

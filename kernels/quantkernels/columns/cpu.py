@@ -68,48 +68,44 @@ def solve(
 
 
 def refine(
+    first: int,
+    slope_OC: Floats,
     off_OI: Floats,
     value_OI: Floats,
     hessian_II: Floats,
     grid: Grid,
     codes_OI: Codes,
     *,
-    block: int,
     threads: int,
 ) -> None:
-    """One sweep of coordinate descent: value_OI, off_OI = value_OI - weight, and codes_OI, all in place.
+    """Moves the codes of the block of columns that begins at `first` once; see `reference.refine`, here in place, too.
 
-    The slopes of a block are the product of what is off everywhere with its columns of the Hessian. Keeping those of
-    all columns up to date instead takes as many products, one more to begin with, and gathers rounding errors.
+    slope_OC are the slopes of the block's columns; what they become is not seen.
     """
-    rows, columns = value_OI.shape
-    off, hessian = torch.from_numpy(off_OI), torch.from_numpy(hessian_II)
+    inside = slice(first, first + slope_OC.shape[1])
+    hessian_CC = np.ascontiguousarray(hessian_II[inside, inside])
     middles_L = _middles(grid)
-    for first in range(0, columns, block):
-        inside = slice(first, min(first + block, columns))
-        hessian_CC = np.ascontiguousarray(hessian_II[inside, inside])
-        slope_OC = (off @ hessian[:, inside]).contiguous().numpy()
 
-        def piece(top: int, bottom: int) -> None:
-            some = slice(top, bottom)
-            refine_block(
-                first,  # noqa: B023 - called before the loop goes on
-                value_OI[some],
-                hessian_CC,  # noqa: B023
-                grid.scale_OG[some],
-                grid.zero_OG[some],
-                grid.offset_OG[some],
-                grid.group_I,
-                np.float32(grid.low),
-                np.float32(grid.high),
-                grid.table,
-                middles_L,
-                codes_OI[some],
-                slope_OC[some],  # noqa: B023
-                off_OI[some],
-            )
+    def piece(top: int, bottom: int) -> None:
+        some = slice(top, bottom)
+        refine_block(
+            first,
+            value_OI[some],
+            hessian_CC,
+            grid.scale_OG[some],
+            grid.zero_OG[some],
+            grid.offset_OG[some],
+            grid.group_I,
+            np.float32(grid.low),
+            np.float32(grid.high),
+            grid.table,
+            middles_L,
+            codes_OI[some],
+            slope_OC[some],
+            off_OI[some],
+        )
 
-        over_rows(rows, threads, piece)
+    over_rows(len(value_OI), threads, piece)
 
 
 def _middles(grid: Grid) -> Floats:

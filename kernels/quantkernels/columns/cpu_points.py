@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from quantkernels.columns.cpu_nearest import LANES, ZERO, choose, cost_of
 from quantkernels.columns.frame import EIGHT
-from quantkernels.columns.points import Grid, blocks_of, metric_of, metric_of_hessian
+from quantkernels.columns.points import Grid, Metric, blocks_of, metric_of
 from quantkernels.columns.reference import WORTH, Floats
 from quantkernels.compiling import kernel
 from quantkernels.rows import over_rows
@@ -65,51 +65,49 @@ def solve(
 
 
 def refine(
+    first: int,
+    slope_OC: Floats,
     off_OI: Floats,
     value_OI: Floats,
     hessian_II: Floats,
+    metrics: tuple[Floats, Metric],
     grid: Grid,
     codes_OB: NDArray[np.int32],
     *,
-    block: int,
     threads: int,
 ) -> None:
-    """One sweep of descent, eight columns at a time: value_OI, off_OI = value_OI - weight, and codes_OB, all in place.
+    """Moves the codes of the block of columns that begins at `first` once, in place, eight columns at a time.
 
-    The slopes of a block are the product of what is off everywhere with its columns of the Hessian. Keeping those of
-    all columns up to date instead takes as many products, one more to begin with, and gathers rounding errors.
+    slope_OC are the slopes of the block's columns; what they become is not seen. metrics: `metric_of_hessian` of the
+    blocks of eight of hessian_II.
     """
-    rows, columns = value_OI.shape
-    off, hessian = torch.from_numpy(off_OI), torch.from_numpy(hessian_II)
-    inverse_BJK, metric = metric_of_hessian(blocks_of(hessian_II))
-    for first in range(0, columns, block):
-        inside = slice(first, min(first + block, columns))
-        hessian_CC = np.ascontiguousarray(hessian_II[inside, inside])
-        slope_OC = (off @ hessian[:, inside]).contiguous().numpy()
+    inside = slice(first, first + slope_OC.shape[1])
+    hessian_CC = np.ascontiguousarray(hessian_II[inside, inside])
+    inverse_BJK, metric = metrics
 
-        def piece(top: int, bottom: int) -> None:
-            some = slice(top, bottom)
-            refine_block(
-                first,  # noqa: B023 - called before the loop goes on
-                value_OI[some],
-                hessian_CC,  # noqa: B023
-                inverse_BJK,
-                metric.metric_BJK,
-                metric.ratio_BJK,
-                metric.weight_BJ,
-                grid.scale_OG[some],
-                grid.zero_OG[some],
-                grid.group_I,
-                grid.points.points_PD,
-                grid.points.shared_P,
-                grid.points.index_P,
-                grid.points.signs,
-                codes_OB[some],
-                slope_OC[some],  # noqa: B023
-                off_OI[some],
-            )
+    def piece(top: int, bottom: int) -> None:
+        some = slice(top, bottom)
+        refine_block(
+            first,
+            value_OI[some],
+            hessian_CC,
+            inverse_BJK,
+            metric.metric_BJK,
+            metric.ratio_BJK,
+            metric.weight_BJ,
+            grid.scale_OG[some],
+            grid.zero_OG[some],
+            grid.group_I,
+            grid.points.points_PD,
+            grid.points.shared_P,
+            grid.points.index_P,
+            grid.points.signs,
+            codes_OB[some],
+            slope_OC[some],
+            off_OI[some],
+        )
 
-        over_rows(rows, threads, piece)
+    over_rows(len(value_OI), threads, piece)
 
 
 @kernel

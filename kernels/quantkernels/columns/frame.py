@@ -87,6 +87,15 @@ class Frame:
         """How many columns share a code."""
         return 1
 
+    def part(self, columns: slice) -> Frame:
+        """The frame of some of the columns, whole groups of it: views, so that what is written there is written here.
+
+        It says nothing of other scales.
+        """
+        groups = slice(columns.start // self.group_size, -(-columns.stop // self.group_size))
+        scale_OG, zero_OG, offset_OG = (each[:, groups] for each in (self.scale_OG, self.zero_OG, self.offset_OG))
+        return replace(self, scale_OG=scale_OG, zero_OG=zero_OG, offset_OG=offset_OG, scales=None, offsets=None)
+
     def steps(self, codes_OI: Tensor) -> Tensor:
         """What codes [O, I] i8 mean in units of the scale, f32, without the offset."""
         steps_OI = torch.tensor(self.table, device=codes_OI.device)[codes_OI.long()] if self.table else codes_OI.float()
@@ -129,6 +138,11 @@ class PointFrame:
     def together(self) -> int:
         """How many columns share a code."""
         return EIGHT
+
+    def part(self, columns: slice) -> PointFrame:
+        """The frame of some of the columns, whole groups of it; see `Frame.part`."""
+        groups = slice(columns.start // self.group_size, -(-columns.stop // self.group_size))
+        return replace(self, scale_OG=self.scale_OG[:, groups], zero_OG=self.zero_OG[:, groups], scales=None)
 
     def steps(self, codes_OB: Tensor) -> Tensor:
         """What codes [O, I / 8] i32 mean in units of the scale, [O, I] f32."""

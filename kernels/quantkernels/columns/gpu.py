@@ -106,14 +106,12 @@ def solve(left_OI: Tensor, factor_II: Tensor, grid: Grid, *, block: int) -> tupl
     return codes_OI, error_O
 
 
-def refine(off_OI: Tensor, value_OI: Tensor, hessian_II: Tensor, grid: Grid, codes_OI: Tensor, *, block: int) -> None:
-    """One sweep of coordinate descent, in place; see `columns.refine`."""
-    columns = off_OI.shape[1]
-    for first in range(0, columns, block):
-        inside = slice(first, min(first + block, columns))
-        slope_OC = off_OI @ hessian_II[:, inside]
-        hessian_CC = hessian_II[inside, inside].contiguous()
-        refining(off_OI, value_OI, hessian_CC, grid, codes_OI, slope_OC, first).run()
+def refine(
+    first: int, slope_OC: Tensor, off_OI: Tensor, value_OI: Tensor, hessian_II: Tensor, grid: Grid, codes_OI: Tensor
+) -> None:
+    """Moves the codes of the block of columns that begins at `first` once, in place; see `cpu.refine`."""
+    inside = slice(first, first + slope_OC.shape[1])
+    refining(off_OI, value_OI, hessian_II[inside, inside].contiguous(), grid, codes_OI, slope_OC, first).run()
 
 
 def solving(left_OI: Tensor, factor_CC: Tensor, grid: Grid, codes_OI: Tensor, push_OC: Tensor, first: int) -> Launch:

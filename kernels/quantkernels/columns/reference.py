@@ -39,17 +39,24 @@ def solve(left_OI: Floats, factor_II: Floats, grid: Grid, codes_OI: Codes, error
         error_O += push_O.astype(np.float64) ** 2
 
 
-def refine(off_OI: Floats, value_OI: Floats, hessian_II: Floats, slope_OI: Floats, grid: Grid, codes_OI: Codes) -> None:
-    """One sweep: off_OI = value - weight, value_OI, what the codes mean, slope_OI = off hessian and codes, in place."""
-    for i in range(value_OI.shape[1]):
-        best_O = value_OI[:, i] - slope_OI[:, i] / hessian_II[i, i]
+def refine(
+    first: int, slope_OC: Floats, off_OI: Floats, value_OI: Floats, hessian_II: Floats, grid: Grid, codes_OI: Codes
+) -> None:
+    """Moves the codes of as many columns as slope_OC has, from `first` on, once.
+
+    off_OI = value - weight, value_OI, what the codes mean, and codes_OI change in place. slope_OC is the columns' part
+    of off hessian, kept up to date.
+    """
+    inside = slice(first, first + slope_OC.shape[1])
+    for i in range(inside.start, inside.stop):
+        best_O = value_OI[:, i] - slope_OC[:, i - first] / hessian_II[i, i]
         code_O, value_O = nearest(best_O, grid, i)
         moves_O = np.abs(value_O - best_O) < np.abs(value_OI[:, i] - best_O) * WORTH
         change_O = np.where(moves_O, value_O - value_OI[:, i], np.float32(0))
         codes_OI[:, i] = np.where(moves_O, code_O, codes_OI[:, i])
         value_OI[:, i] = np.where(moves_O, value_O, value_OI[:, i])
         off_OI[:, i] += change_O
-        slope_OI += np.outer(change_O, hessian_II[i])
+        slope_OC += np.outer(change_O, hessian_II[i, inside])
 
 
 def nearest(wanted_O: Floats, grid: Grid, i: int) -> tuple[Codes, Floats]:

@@ -29,14 +29,17 @@ def solve(left_OI: Floats, factor_II: Floats, grid: Grid, codes_OB: Codes, error
             error_O += push_O.astype(np.float64) ** 2
 
 
-def refine(off_OI: Floats, value_OI: Floats, hessian_II: Floats, slope_OI: Floats, grid: Grid, codes_OB: Codes) -> None:
-    """One sweep of descent, eight columns at a time; see reference.refine."""
+def refine(
+    first: int, slope_OC: Floats, off_OI: Floats, value_OI: Floats, hessian_II: Floats, grid: Grid, codes_OB: Codes
+) -> None:
+    """Moves the codes of as many columns as slope_OC has, from `first` on, once; see reference.refine."""
     inverse_BJK, metric = metric_of_hessian(blocks_of(hessian_II))
-    for b in range(codes_OB.shape[1]):
+    whole = slice(first, first + slope_OC.shape[1])
+    for b in range(whole.start // EIGHT, whole.stop // EIGHT):
         inside = slice(b * EIGHT, (b + 1) * EIGHT)
         best_OJ = value_OI[:, inside].copy()
         for k in range(EIGHT):
-            best_OJ -= slope_OI[:, inside.start + k, None] * inverse_BJK[b, k]
+            best_OJ -= slope_OC[:, inside.start - first + k, None] * inverse_BJK[b, k]
         code_O, new_OJ = nearest(best_OJ, metric, grid, b)
         before_O, after_O = (
             _cost(value_OJ - best_OJ, metric.metric_BJK[b]) for value_OJ in (value_OI[:, inside], new_OJ)
@@ -47,7 +50,7 @@ def refine(off_OI: Floats, value_OI: Floats, hessian_II: Floats, slope_OI: Float
         value_OI[:, inside] = np.where(moves_O[:, None], new_OJ, value_OI[:, inside])
         off_OI[:, inside] += change_OJ
         for j in range(EIGHT):
-            slope_OI += np.outer(change_OJ[:, j], hessian_II[inside.start + j])
+            slope_OC += np.outer(change_OJ[:, j], hessian_II[inside.start + j, whole])
 
 
 def nearest(wanted_OJ: Floats, metric: Metric, grid: Grid, b: int) -> tuple[Codes, Floats]:

@@ -9,58 +9,53 @@ best scales of a whole row at once, solves equations of all its groups and then 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from quantkernels.columns.frame import AnyFrame, Frame, Ladder, PointFrame
+from quantkernels.columns.frame import AnyFrame, Frame, Ladder
 from quantkernels.columns.reference import WORTH
 
-SPAN = 256  # columns, or a group where that is wider, whose slopes are kept up to date at a time
 LEAST = 1e-12  # of the larger curvature: a determinant below this leaves one of the two undetermined
 
 
-def rescale(weight: Tensor, hessian: Tensor, frame: AnyFrame, codes: Tensor) -> AnyFrame:
-    """The frame with scales and offsets under which `codes` have less error, or the same; see `columns.refine`.
+def rescale(
+    weight_OI: Tensor,
+    hessian_SS: Tensor,
+    frame: AnyFrame,
+    codes: Tensor,
+    value_OI: Tensor,
+    off_OI: Tensor,
+    slope_OS: Tensor,
+    first: int,
+) -> None:
+    """Gives the groups of the span of columns that begins at `first` other scales and offsets, in place.
 
-    Frames without ladders are given back as they are.
+    Those of the frame change, and with them value_OI, what the codes mean, off_OI = value_OI - weight_OI and slope_OS,
+    the span's columns of off_OI H; hessian_SS is H inside the span. Every step has less error, or changes nothing.
     """
-    if frame.scales is None:
-        return frame
+    assert frame.scales is not None
     offsets = frame.offsets if isinstance(frame, Frame) else None
     each = frame.scales.group_size
-    every = each // frame.group_size
-    steps_OI, off_OI = frame.steps(codes), frame.decode(codes) - weight
-    scale_OG = frame.scale_OG[:, ::every].clone()
-    offset_OG = frame.offset_OG[:, ::every].clone() if isinstance(frame, Frame) else torch.zeros_like(scale_OG)
-    span = each * max(1, SPAN // each)
-    for first in range(0, weight.shape[1], span):
-        inside = slice(first, min(first + span, weight.shape[1]))
-        hessian_SS = hessian[inside, inside]
-        slope_OS = off_OI @ hessian[:, inside]
-        for at in range(0, inside.stop - first, each):
-            own, group = slice(at, at + each), (first + at) // each
-            chosen = slice(group, group + 1)
-            steps_ON = steps_OI[:, first + at : first + at + each]
-            new_scale_O1, new_offset_O1 = _best(
-                steps_ON,
-                slope_OS[:, own],
-                hessian_SS[own, own],
-                scale_OG[:, chosen],
-                offset_OG[:, chosen],
-                frame.scales.part(chosen),
-                offsets.part(chosen) if offsets else None,
-            )
-            change_ON = steps_ON * (new_scale_O1 - scale_OG[:, chosen]) + (new_offset_O1 - offset_OG[:, chosen])
-            scale_OG[:, chosen], offset_OG[:, chosen] = new_scale_O1, new_offset_O1
-            off_OI[:, first + at : first + at + each] += change_ON
-            slope_OS += change_ON @ hessian_SS[own]
-    if isinstance(frame, PointFrame):
-        return replace(frame, scale_OG=scale_OG.repeat_interleave(every, 1))
-    return replace(
-        frame, scale_OG=scale_OG.repeat_interleave(every, 1), offset_OG=offset_OG.repeat_interleave(every, 1)
-    )
+    for at in range(0, slope_OS.shape[1], each):
+        own, columns = slice(at, at + each), slice(first + at, min(first + at + each, weight_OI.shape[1]))
+        part, group = frame.part(columns), columns.start // each
+        scale_O1 = part.scale_OG[:, :1]
+        new_scale_O1, new_offset_O1 = _best(
+            part.steps(codes[:, columns.start // frame.together : columns.stop // frame.together]),
+            slope_OS[:, own],
+            hessian_SS[own, own],
+            scale_O1,
+            part.offset_OG[:, :1] if isinstance(part, Frame) else torch.zeros_like(scale_O1),
+            frame.scales.part(slice(group, group + 1)),
+            offsets.part(slice(group, group + 1)) if offsets else None,
+        )
+        part.scale_OG[:] = new_scale_O1
+        if isinstance(part, Frame):
+            part.offset_OG[:] = new_offset_O1
+        value_OI[:, columns] = part.decode(codes[:, columns.start // frame.together : columns.stop // frame.together])
+        off_ON = value_OI[:, columns] - weight_OI[:, columns]
+        slope_OS += (off_ON - off_OI[:, columns]) @ hessian_SS[own]
+        off_OI[:, columns] = off_ON
 
 
 def _best(
