@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -56,15 +57,18 @@ class Decoder:
         device: torch.device | str = "cpu",
         workers: int = 1,
         stored: Collection[str] = (),
+        products: torch.dtype = torch.float32,
     ) -> None:
         """Build the model that folder/config.json describes, without weights; `where` names the model in errors.
 
-        stored: names of the checkpoint's tensors; a head among them is the head, whatever config.json says of tying.
+        products: the type in which the blocks' linears multiply; all that lies between them stays in `dtype`. stored:
+        names of the checkpoint's tensors; a head among them is the head, whatever config.json says of tying.
         Raises SourceError when the config cannot be read and UnsupportedError when it needs code of its own or its
         blocks are not where `architecture` says.
         """
         self.where = where
         self.dtype = dtype
+        self._products = products
         self.device = torch.device(device)
         self.workers = Workers(workers)
         self._architecture = architecture
@@ -206,8 +210,10 @@ class Decoder:
             return (outcome[0] if isinstance(outcome, tuple) else outcome)[0], seen
 
         behind = torch.empty_like(hidden, dtype=self.dtype)
-        hooked = self._hooked(b, observe is not None, activations or {})
-        with self._loaded(layer, tensors), hooked, self._kept(b, rounding, watch_cache):
+        lowered = self._lowered(layer)
+        types = {f"{name}.{part}": self._products for name in lowered for part in ("weight", "bias")}
+        hooked = self._hooked(b, observe is not None, activations or {}, lowered.values())
+        with self._loaded(layer, tensors, types), hooked, self._kept(b, rounding, watch_cache):
             for n, (one, seen) in enumerate(self.workers.map(run, range(len(hidden)))):
                 behind[n] = one
                 if observe is not None:
@@ -293,21 +299,31 @@ class Decoder:
             self._arguments = (length, calls)
         return self._arguments[1]
 
+    def _lowered(self, layer: nn.Module) -> dict[str, nn.Linear]:
+        """The block's linears that multiply in another type, by name."""
+        if self._products == self.dtype:
+            return {}
+        return {name: module for name, module in layer.named_modules() if type(module) is nn.Linear}
+
     @contextmanager
-    def _loaded(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, `module` has these weights; afterwards it is back on the meta device."""
+    def _loaded(
+        self, module: nn.Module, tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype] = MappingProxyType({})
+    ) -> Iterator[None]:
+        """Inside, `module` has these weights, some in types of their own; afterwards it is back on the meta device."""
         empty = {name: one for name, one in module.named_parameters(remove_duplicate=False) if name in tensors}
         try:
             for name, tensor in tensors.items():
-                put(module, name, tensor.to(self.device, self.dtype))
+                put(module, name, tensor.to(self.device, types.get(name, self.dtype)))
             yield
         finally:
             for name, parameter in empty.items():
                 put(module, name, parameter)
 
     @contextmanager
-    def _hooked(self, b: int, observed: bool, activations: Mapping[str, Activations]) -> Iterator[None]:
-        """Inside, the block's linears report what they read, if `observed`, and then quantize it."""
+    def _hooked(
+        self, b: int, observed: bool, activations: Mapping[str, Activations], lowered: Collection[nn.Linear]
+    ) -> Iterator[None]:
+        """Inside, the block's linears report what they read, if `observed`, then quantize it; some lower its type."""
 
         def see(tap: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self._thread.seen[tap] = inputs[0].reshape(-1, inputs[0].shape[-1])
@@ -327,6 +343,9 @@ class Decoder:
             for linear, hook in hooks:
                 module = submodule(self._layers[b], self._architecture.inner(linear), f"{self.where} block {b}")
                 handles.append(module.register_forward_pre_hook(hook))
+            for module in lowered:
+                handles.append(module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(self._products),)))
+                handles.append(module.register_forward_hook(lambda _, inputs, product: product.to(self.dtype)))
             yield
         finally:
             for handle in handles:

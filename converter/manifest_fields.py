@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema
 from pydantic.functional_validators import AfterValidator
@@ -107,6 +107,11 @@ class Calibration(BaseModel, frozen=True, extra="forbid"):
     skip_bad_rows: Annotated[
         Switch, Field(description="Leave out rows that overflow instead of failing the model.")
     ] = False
+    precision: Annotated[
+        Literal["f32", "bf16"],
+        BeforeValidator(scalars.one_of(("f32", "bf16"))),
+        Field(description="What the blocks' linears multiply in while the rows run through them."),
+    ] = "f32"
 
 
 class Evaluation(BaseModel, frozen=True, extra="forbid"):

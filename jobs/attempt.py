@@ -21,6 +21,8 @@ from jobs.task import Task
 from jobs.texts import text_rows
 from jobs.work import Model, Work
 
+PRODUCTS = {"f32": torch.float32, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
@@ -47,8 +49,8 @@ def read(model: Model, name: str) -> Tensor:
     return model.snapshot.read(name).to(torch.float32)
 
 
-def decoder_of(attempt: Attempt, model: Model) -> Decoder:
-    """The model's blocks, to be run on as many threads as the attempt has."""
+def decoder_of(attempt: Attempt, model: Model, products: torch.dtype = torch.float32) -> Decoder:
+    """The model's blocks, to be run on as many threads as the attempt has; their linears multiply in `products`."""
     assert model.architecture is not None
     return Decoder(
         model.snapshot.folder,
@@ -57,7 +59,13 @@ def decoder_of(attempt: Attempt, model: Model) -> Decoder:
         device=attempt.work.device,
         workers=attempt.threads,
         stored=model.snapshot.tensors,
+        products=products,
     )
+
+
+def calibrating(attempt: Attempt, model: Model) -> Decoder:
+    """The model's blocks as calibration runs them."""
+    return decoder_of(attempt, model, PRODUCTS[attempt.work.texts.calibration.precision])
 
 
 def rows_of(attempt: Attempt, model: Model, settings: Calibration | Evaluation) -> Tensor:

@@ -23,7 +23,7 @@ from converter.containers import TensorPlan
 from converter.grids import Coded
 from converter.schemes import Activations
 from converter.stats import pack
-from jobs.attempt import Attempt, decoder_of, here, original_of, rows_of
+from jobs.attempt import Attempt, calibrating, here, original_of, rows_of
 from jobs.quantize import part_file
 from jobs.stages import joined
 
@@ -33,7 +33,7 @@ def propagate(attempt: Attempt) -> None:
     task, work = attempt.task, attempt.work
     model = here(attempt)
     assert task.block is not None and model.architecture is not None
-    decoder, original = decoder_of(attempt, model), original_of(attempt, model)
+    decoder, original = calibrating(attempt, model), original_of(attempt, model)
     skip = work.texts.calibration.skip_bad_rows
     if task.block == 0:
         rows = rows_of(attempt, model, work.texts.calibration)

@@ -9,6 +9,7 @@ from typing import Any
 
 from converter.compare.card import stated_licence
 from converter.errors import SourceError
+from converter.manifest import Calibration
 from jobs.convert import Ready, Run
 from jobs.needs import chain_forwards, disk_bytes, memory_bytes
 from jobs.store import Store
@@ -29,7 +30,7 @@ def plan_json(run: Run, ready: Ready) -> dict[str, Any]:
     ]
     return {
         "name": run.manifest.name,
-        "models": [_model_json(model) for model in models.values()],
+        "models": [_model_json(model, run.manifest.calibration) for model in models.values()],
         "jobs": jobs + refused,
         "tasks": len(plan.graph.tasks),
         "tasks_needed": len(ready.needed),
@@ -43,13 +44,15 @@ def plan_json(run: Run, ready: Ready) -> dict[str, Any]:
     }
 
 
-def _model_json(model: Model) -> dict[str, Any]:
-    """A model as its hub or folder has it; its licence goes into the cards of its artifacts."""
+def _model_json(model: Model, calibration: Calibration) -> dict[str, Any]:
+    """A model as its hub or folder has it, and how it is run; its licence goes into the cards of its artifacts."""
     snapshot = model.snapshot
     licence, gap = stated_licence(snapshot.folder)
     notes = [gap.rstrip(".")] if gap else []
     if snapshot.gated:
         notes.append("It is gated: who loads an artifact accepts no terms, unless you gate its repository, too")
+    if model.runs and calibration.precision != "f32":
+        notes.append(f"Linears multiply in {calibration.precision} where a target is calibrated")
     return {"model": model.name, "repo": snapshot.repo, "commit": snapshot.commit, "licence": licence, "notes": notes}
 
 

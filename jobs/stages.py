@@ -27,7 +27,7 @@ from converter.methods.tables import NEEDS, ROUNDERS
 from converter.rare_experts import blended
 from converter.schemes import Activations, Observer
 from converter.stats import pack, unpack
-from jobs.attempt import Attempt, decoder_of, original_of
+from jobs.attempt import Attempt, calibrating, original_of
 from jobs.work import Model
 
 
@@ -59,7 +59,7 @@ def round_in_stages(
     work, b = attempt.work, attempt.task.block
     assert work.target is not None and b is not None and model.architecture is not None
     rounder = ROUNDERS[work.target.methods[-1]]
-    decoder, original = decoder_of(attempt, model), original_of(attempt, model)
+    decoder, original = calibrating(attempt, model), original_of(attempt, model)
     first, chain = (original.turned(hidden) for hidden in _hidden(attempt))  # as the block is by now
     whole = evaluation.block_tensors(original, b) | dict(moved)
     coded: dict[str, Coded] = {}

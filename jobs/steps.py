@@ -30,7 +30,7 @@ from converter.hub_calls import Tell, hush
 from converter.hub_publish import HuggingFaceHub
 from converter.publish import Destination, FolderHub, Hub
 from converter.stats import pack
-from jobs.attempt import Attempt, decoder_of, here, original_of, rows_of
+from jobs.attempt import Attempt, calibrating, decoder_of, here, original_of, rows_of
 from jobs.origin import conversion, file_digests, versions_of
 from jobs.propagate import propagate
 from jobs.quantize import part_file, quantize
@@ -119,7 +119,7 @@ def calibrate(attempt: Attempt) -> None:
     task, work = attempt.task, attempt.work
     model = here(attempt)
     assert task.block is not None and model.architecture is not None
-    decoder = decoder_of(attempt, model)
+    decoder = calibrating(attempt, model)
     if task.block == 0:
         rows = rows_of(attempt, model, work.texts.calibration)
         hidden = decoder.embed(rows, {name: model.snapshot.read(name) for name in decoder.input_names})

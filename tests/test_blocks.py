@@ -219,6 +219,23 @@ def test_bfloat16_checkpoints_run_in_the_decoders_type(models: Mapping[str, tupl
     assert torch.equal(decoder.logits(hidden, narrow), decoder.logits(hidden, wide))
 
 
+def test_products_in_bfloat16_change_a_block_by_their_rounding_and_no_type(
+    models: Mapping[str, tuple[Path, PreTrainedModel]],
+) -> None:
+    folder, model = models["qwen3"]
+    tensors = block_tensors(model, 0)
+    exact, rounded = open_decoder(folder), open_decoder(folder, products=torch.bfloat16, workers=2)
+    hidden = exact.embed(ROWS, tensors_of(model))
+    expected, found = (one.run_block(0, tensors, hidden, lambda n, taps: None) for one in (exact, rounded))
+    taps: list[torch.dtype] = []
+    rounded.run_block(0, tensors, hidden, lambda n, seen: taps.extend(rows.dtype for rows in seen.values()))
+    assert {found.dtype, *taps} == {torch.float32} and on_meta(rounded)
+    # Weights, inputs and outputs of seven products are each rounded to 8 bits, 2^-9 at most; no error is larger than
+    # if all of them added up.
+    change = float((found - expected).norm() / (expected - hidden).norm())
+    assert 2**-14 < change < 21 * 2**-9
+
+
 def test_quantized_activations_reach_the_linear_and_not_the_statistics(
     models: Mapping[str, tuple[Path, PreTrainedModel]],
 ) -> None:
