@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup convert plan test test-all check bench bench-kernels peers clean
+.PHONY: help setup convert plan test test-all check bench bench-kernels peers quantizers clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -57,6 +57,14 @@ PEER := @node-llama-cpp/linux-x64@3.22.1
 peers: $(READY) ## fetch llama.cpp's quantizer for the long suites
 	mkdir -p $(VENV)/peers
 	cd $(VENV)/peers && tar -xzf "$$(npm pack --silent $(PEER))"
+
+# An environment of their own: llm-compressor wants an older transformers and compressed-tensors than ours.
+QUANTIZERS := $(VENV)/quantizers
+quantizers: $(READY) ## install llm-compressor and auto-round for benchmarks/peers.py
+	test -x $(QUANTIZERS)/bin/python || $(PYTHON) -m venv $(QUANTIZERS)
+	$(QUANTIZERS)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(QUANTIZERS)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" \
+		--requirement benchmarks/quantizers/requirements.txt
 
 clean: ## remove what was built, but not out/
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,8 +5,9 @@ A model of about four million parameters learns the Python standard library well
 The alternative, downloading a published small model, needs a network and somebody else's licence on the first run;
 the price of ours is a model that is of no use beyond showing what a conversion costs.
 
-    python manifests/quickstart/train.py [--steps N] [--seed S] [--out FOLDER] [--threads T]
+    python manifests/quickstart/train.py [--steps N] [--seed S] [--out FOLDER] [--threads T] [--hidden D] [--blocks B]
 
+A larger one for benchmarks: --hidden 512 --blocks 5 makes 17.8 million parameters.
 The text is the running interpreter's standard library and this repository's calibration text. The evaluation text
 and every library file whose content hash falls into the held-out share are never trained on.
 """
@@ -53,6 +54,7 @@ SKIPPED_FOLDERS = frozenset({"test", "tests", "site-packages", "dist-packages", 
 HELD_OUT_SHARE = 0.03
 BUILT_IN_REPEATS = 4  # the built-in text is one part in two hundred of the library; without repeats it teaches little
 
+HIDDEN, BLOCKS = 256, 4
 ROW_LENGTH = 512
 ROWS_PER_STEP = 2
 PEAK_LEARNING_RATE = 5e-3
@@ -175,16 +177,19 @@ def encode_stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> n
     return np.concatenate([np.asarray([*encoding.ids, end], dtype=np.int32) for encoding in encoded])
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Return an untrained model in f32; every linear layer's input width is divisible by 256, as k-quants demand."""
+def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int, blocks: int) -> Qwen3ForCausalLM:
+    """Return an untrained model in f32; a hidden width divisible by 256 makes every input width so, as k-quants demand.
+
+    Eight heads share the width, and the MLP is three times as wide.
+    """
     config = Qwen3Config(
         vocab_size=VOCABULARY_SIZE,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=blocks,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=32,
+        head_dim=hidden // 8,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         rms_norm_eps=1e-6,
@@ -222,13 +227,17 @@ def build_optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Return the rate at a step: linear warm-up, then half a cosine down to a fiftieth of the peak."""
+def learning_rate(step: int, steps: int, hidden: int) -> float:
+    """Return the rate at a step: linear warm-up, then half a cosine down to a fiftieth of the peak.
+
+    The peak belongs to a width of HIDDEN and falls with the root of wider ones.
+    """
+    peak = PEAK_LEARNING_RATE * math.sqrt(HIDDEN / hidden)
     warmup = min(WARMUP_STEPS, max(1, steps // 10))
     if step < warmup:
-        return PEAK_LEARNING_RATE * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return PEAK_LEARNING_RATE * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def train(model: Qwen3ForCausalLM, stream: np.ndarray, *, steps: int, seed: int) -> list[tuple[int, float]]:
@@ -242,7 +251,7 @@ def train(model: Qwen3ForCausalLM, stream: np.ndarray, *, steps: int, seed: int)
     for step in range(steps):
         tokens_BT = next(batches)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = learning_rate(step, steps)
+            group["lr"] = learning_rate(step, steps, model.config.hidden_size)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits
         loss = functional.cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT[:, 1:].flatten())
@@ -335,6 +344,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)  # more is faster, and rounds otherwise
+    parser.add_argument("--hidden", type=int, default=HIDDEN)
+    parser.add_argument("--blocks", type=int, default=BLOCKS)
     parser.add_argument("--out", type=Path, default=HERE / "model")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -345,7 +356,7 @@ def main() -> None:
     tokenizer = train_tokenizer(corpus.training)
     stream = encode_stream(tokenizer, corpus.training)
     print(f"{len(corpus.training)} documents, {len(stream)} tokens", flush=True)
-    model = build_model(tokenizer)
+    model = build_model(tokenizer, arguments.hidden, arguments.blocks)
     started = time.monotonic()
     curve = train(model, stream, steps=arguments.steps, seed=arguments.seed)
     seconds = time.monotonic() - started
