@@ -27,6 +27,7 @@ from converter.residual import Residual, parse_residual
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")
 
 Runs = Literal["decoder", "encoder", "none"]
+HEADS = re.compile(r"(For[A-Z]\w+|LMHeadModel|Model)$")  # how a class's name ends, behind the family's
 MISMATCH = "Config.json and weights are of different models, or a file is missing: fetch both again"
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # where config.json counts a block's experts
 MOST_EXPERTS = 4096
@@ -405,8 +406,8 @@ def _experts(data: Mapping[str, Any]) -> Experts:
 def find(config: Mapping[str, Any], where: str) -> Architecture:
     """The architecture of a model with this config.json, not yet fitted; `where` names the model in the error.
 
-    Raises UnsupportedError, naming the nearest known class, when no YAML lists the model's class, and SourceError when
-    config.json says something else there than names.
+    Where config.json lists no class, its model type is that of a family. Raises UnsupportedError, naming the nearest
+    known class, when no YAML lists the model's, and SourceError when config.json says something else there than names.
     """
     classes = config.get("architectures") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
@@ -420,24 +421,28 @@ def find(config: Mapping[str, Any], where: str) -> Architecture:
         raise UnsupportedError(where, what, remedy)
     table: dict[str, Architecture] = {}
     wrapping: list[Architecture] = []
-    for architecture in families():
+    known = families()
+    for architecture in known:
         table |= dict.fromkeys(architecture.classes, architecture)
         wrapping += [architecture] if set(classes) & set(architecture.wrappers) else []
     for name in classes:
         if name in table:
             return table[name]
+    if not classes and (alike := [family for family in known if family.name == config.get("model_type")]):
+        return alike[0]
     inside = str(text_config(config).get("model_type", "")).removesuffix("_text")
     for architecture in wrapping:
         if architecture.name == inside:
             return architecture
-    wanted = ", ".join(classes) or "no architecture at all"
+    wanted = ", ".join(classes) or f"no architecture and '{config.get('model_type')}' for a model type"
     if wrapping:
         wanted += f" with a language model of type '{inside}'"
-    near = difflib.get_close_matches(wanted, table, n=1, cutoff=0.5)
-    hint = f"the nearest known one is {near[0]}; " if near else ""
+    stems = {HEADS.sub("", name): name for name in sorted(table, reverse=True)}
+    near = difflib.get_close_matches(HEADS.sub("", classes[0]) if classes else inside, stems, n=1, cutoff=0.5)
+    hint = f"The nearest known one is {stems[near[0]]}; add" if near else "Add"
     raise UnsupportedError(
         where,
-        f"config.json names {wanted}, which no file in converter/architectures describes",
-        f"{hint}known are {', '.join(sorted(table))}; add a YAML for it (docs/adding-an-architecture.md), or choose "
-        "parquet or compressed-tensors with method rtn, which need no architecture",
+        f"config.json names {wanted}, which none of the {len(known)} files in converter/architectures describes",
+        f"{hint} a YAML for it (docs/adding-an-architecture.md), or choose parquet or compressed-tensors with method "
+        "rtn, which need no architecture",
     )

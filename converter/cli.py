@@ -23,7 +23,7 @@ import typer
 from converter import manifest as manifests
 from converter import progress
 from converter.errors import HubmillError, ManifestError, SourceError
-from converter.progress import bytes_text, print_error, print_json, print_line, print_table
+from converter.progress import bytes_text, count_text, print_error, print_json, print_line, print_table
 
 app = typer.Typer(
     help="Offline batch converter for model hubs: one manifest in; GGUF, safetensors and Parquet out.",
@@ -365,17 +365,21 @@ def _print_survey(found: dict[str, Any]) -> None:
         experts = f" of {found['experts']} experts" if found.get("experts") else ""
         blocks = f", {found['blocks']} blocks{experts}" if found["blocks"] else ""
         print_line(
-            f"{found['repo']}: {family}{blocks}, {found['parameters'] / 1e9:.2f} billion parameters, "
+            f"{found['repo']}: {family}{blocks}, {count_text(found['parameters'])} parameters, "
             f"{bytes_text(found['bytes'])} ({types})"
         )
     if tokenizer := found.get("tokenizer"):
         pre = f", pre-tokenizer {tokenizer['pre']}" if tokenizer["pre"] else ""
         print_line(f"tokenizer as GGUF has it: {tokenizer['model']}{pre}, {tokenizer['tokens']} tokens")
-    rows = []
+    rows: list[list[str]] = []
+    told: dict[str, str] = {}  # reasons, by the first format that has them
     for name, entry in found["formats"].items():
         sizes = ", ".join(f"{type} {bytes_text(size)}" for type, size in entry["bytes"].items())
-        rows.append([name, "yes" if entry["possible"] else "no", sizes if entry["possible"] else entry["why"]])
-    print_table("what can be made of it", ("format", "possible", "sizes, or why not"), rows)
+        first = told.setdefault(entry["why"], name)
+        why = entry["why"] if first == name else f"as {first}"
+        rows.append([name, "yes" if entry["possible"] else "no", sizes if entry["possible"] else why])
+    if rows:
+        print_table("what can be made of it", ("format", "possible", "sizes, or why not"), rows)
     if found.get("dropped"):
         dropped = [[one["tensors"], str(one["count"]), one["reason"]] for one in found["dropped"]]
         print_table("what GGUF would leave out", ("tensors", "count", "why"), dropped, numbers=(1,))

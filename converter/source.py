@@ -68,6 +68,11 @@ UNPICKLE = (
     "s.save_file(t, 'model.safetensors')"
     '"`'
 )
+MERGE = (
+    "Merge it first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), FOLDER)"
+    ".merge_and_unload().save_pretrained(OUT), and the tokenizer beside it; llama.cpp's convert_lora_to_gguf.py makes "
+    "a GGUF adapter of it as it is"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +287,7 @@ def survey(
         index = parse_index(read_small(INDEX), files, where)
         shards = sorted(set(index.values()))
     else:
-        shards = choose_shards(files, where)
+        shards = choose_shards(files, read_small, where)
     found: dict[str, Header] = {}
     for header in chain.from_iterable(read_headers(shards)):
         if header.name in found:
@@ -304,21 +309,37 @@ def survey(
     return config, tensors, packed
 
 
-def choose_shards(files: Mapping[str, int], where: str) -> list[str]:
+def choose_shards(files: Mapping[str, int], read_small: Callable[[str], bytes], where: str) -> list[str]:
     """The safetensors files of a model without an index: model.safetensors, else all in the top folder."""
     shards = sorted(name for name in files if name.endswith(".safetensors") and "/" not in name)
     if "model.safetensors" in shards:
         return ["model.safetensors"]
     if "adapter_config.json" in files and shards in ([], ["adapter_model.safetensors"]):
-        raise UnsupportedError(where, "this is an adapter, not a model", "Merge it into its base model first")
+        base = _named(read_small("adapter_config.json"), "base_model_name_or_path")
+        what = f"this is an adapter, not a model{base and f': it goes with {base}'}"
+        raise UnsupportedError(where, what, MERGE.format(base=base or "BASE"))
     if shards:
         return shards
+    if "model_index.json" in files:
+        kind = _named(read_small("model_index.json"), "_class_name")
+        parts = sorted({name.partition("/")[0] for name in files if "/" in name and name.endswith(".safetensors")})
+        what = f"this is a pipeline{kind and f' ({kind})'} of several models ({', '.join(parts)}) that makes no text"
+        raise UnsupportedError(where, what, "Name the folder of one of them, to become parquet or compressed-tensors")
     if pickled := sorted(name for name in files if name.endswith(PICKLED)):
         what = f"the weights are pickled ({pickled[0]}), and there is no safetensors file"
         safe = [name for name in pickled if re.fullmatch(r"[\w./-]+", name)]  # a stranger's name enters a command
         pattern = "pytorch_model*.bin" if any(name.startswith("pytorch_model") for name in safe) else [*safe, "FILE"][0]
         raise SourceError(where, what, UNPICKLE.format(pattern=pattern))
     raise SourceError(where, "there is no .safetensors file", "Check that this is a model and that its download ended")
+
+
+def _named(data: bytes, key: str) -> str:
+    """The text of a key of a JSON object that a message quotes; empty where there is none, or no JSON."""
+    try:
+        value = json.loads(data).get(key)
+    except (ValueError, RecursionError, AttributeError):
+        return ""
+    return value[:80] if isinstance(value, str) and value.isprintable() else ""
 
 
 def parse_index(data: bytes, files: Mapping[str, int], where: str) -> dict[str, str]:

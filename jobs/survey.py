@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def _of_checkpoint(snapshot: Snapshot, where: str) -> dict[str, Any]:
     try:
         architecture = find(snapshot.config, where)
     except HubmillError as error:
-        nearest = resemblance(snapshot.tensors)
+        nearest = resemblance(snapshot.tensors, str(snapshot.config.get("model_type")))
         problems.append(f"{error} {nearest}" if isinstance(error, UnsupportedError) else str(error))
         disagrees = not isinstance(error, UnsupportedError)
     dropped: dict[str, str] = {
@@ -190,22 +191,33 @@ def grouped(dropped: Mapping[str, str], architecture: Architecture | None) -> li
     for name, reason in dropped.items():
         groups.setdefault((_part(name, architecture), reason), []).append(name)
     return [
-        {"tensors": f"{part}*" if len(names) > 1 else names[0], "count": len(names), "reason": reason}
+        {"tensors": _shown(part, names), "count": len(names), "reason": reason}
         for (part, reason), names in groups.items()
     ]
 
 
+def _shown(part: str, names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    return f"{part}*" if part.endswith(".") else part
+
+
 def _part(name: str, architecture: Architecture | None) -> str:
-    """What the names of a block, or of a tower beside the language model, begin with."""
+    """What the names of a part begin with: a block that is left out, what all have, a tower beside them."""
     number = NUMBER.match(name)
+    if number and architecture and architecture.block_of(name) is not None:
+        return f"{number[1]}*.{name.removeprefix(number[0])}"
     if number and architecture and architecture.number_of(name) is not None:
         return number[0]
     first, _, rest = name.partition(".")
     return f"{first}.{rest.partition('.')[0]}." if first == "model" else f"{first}."
 
 
-def resemblance(tensors: Mapping[str, Header]) -> str:
-    """Which known family has blocks most like these, in a sentence, and what an adapter would have to add."""
+def resemblance(tensors: Mapping[str, Header], kind: str) -> str:
+    """Which known family has blocks most like these, in a sentence, and what an adapter would have to add.
+
+    kind: the model type, which decides between families alike.
+    """
     numbered = Counter(match[1] for match in map(NUMBER.match, tensors) if match)
     if not numbered:
         return ""
@@ -216,21 +228,23 @@ def resemblance(tensors: Mapping[str, Header]) -> str:
         if name.startswith(prefix) and NUMBER.match(name)
     }
     own = {re.sub(r"\.\d+\.", ".*.", name) for name in own}
-    nearest, shared = "", set[str]()
-    for family in families():
-        common = own & _modules(family)
-        if len(common) > len(shared):
-            nearest, shared = family.name, common
-    if not nearest:
-        return f"Its blocks, {prefix}0 and so on, have no module of a known family: {_names(own)}."
-    more = own - shared
-    beyond = f"; an adapter would have to say what {_names(more)} are" if more else ", and nothing beyond"
-    return f"Its blocks have {len(shared)} of their {len(own)} modules named as in {nearest}{beyond}."
+    known = {family.name: _modules(family) for family in families()}
+    alike = {name: SequenceMatcher(None, name, kind).ratio() for name in known}
+    nearest = max(known, key=lambda name: (len(own & known[name]), -len(known[name] - own), alike[name]))
+    more = own - known[nearest]
+    if 2 * len(more) > len(own):
+        return f"Its blocks, {prefix}0 and so on, are unlike those of the known families: they have {_names(own)}."
+    if not more:
+        return f"All {len(own)} modules of its blocks are named as in {nearest}."
+    shared = f"{len(own) - len(more)} of the {len(own)} modules of its blocks are named as in {nearest}"
+    return f"{shared}; an adapter would have to say what {_names(more)} are."
 
 
 def _modules(family: Architecture) -> set[str]:
     linears = {linear for tap in family.taps for linear in tap.linears}
-    modules = set((family.gguf or {}).get("modules", ()))
+    section = family.gguf or {}
+    modules = set(section.get("modules", ()))
+    modules |= {name.removesuffix(".weight").removesuffix(".bias") for name in section.get("names", ())}
     experts = family.experts
     return linears | modules | ({f"{experts.module}.*.{name}" for name in experts.linears} if experts else set())
 

@@ -187,7 +187,43 @@ def test_an_unknown_architecture_is_named_beside_the_nearest_one(copy: Path, hub
     (said,) = answer.errors.splitlines()
     for told in ("LlamoForCausalLM", "LlamaForCausalLM", "docs/adding-an-architecture.md"):
         assert told in said
-    assert re.search(r"9 of their 10 modules named as in \w+; .* would have to say what self_attn\.gate are", said)
+    assert re.search(r"9 of the 10 modules of its blocks are named as in llama; .* say what self_attn\.gate are", said)
+    assert "XLMRobertaModel" not in said  # the list of all families would hide what matters
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "near"),
+    [
+        ("Qwen3ForSequenceClassification", "qwen3", "Qwen3ForCausalLM"),  # by the family, not by the head
+        ("ViTForImageClassification", "vit", None),
+    ],
+)
+def test_the_nearest_architecture_is_one_of_a_family_alike(
+    name: str, kind: str, near: str | None, copy: Path, hubmill: Command
+) -> None:
+    tiny.edit_json(copy / "config.json", architectures=[name], model_type=kind)
+    found = re.search(r"The nearest known one is (\w+)", hubmill("plan", copy).errors)
+    assert (found and found[1]) == near
+
+
+def test_a_config_without_architectures_is_of_the_family_of_its_type(copy: Path, hubmill: Command) -> None:
+    tiny.edit_json(copy / "config.json", architectures=None)
+    answer = hubmill("plan", copy, "--json")
+    assert answer.code == 0 and read(answer)["family"] == "llama", answer.errors
+
+
+def test_what_every_block_would_lose_is_one_line(copy: Path, hubmill: Command) -> None:
+    names = [f"model.layers.{b}.self_attn.rotary_emb.inv_freq" for b in range(2)]
+    change(copy, lambda tensors: tensors.update({name: torch.ones(16) for name in names}))
+    (left_out,) = read(hubmill("plan", copy, "--json"))["dropped"]
+    assert (left_out["tensors"], left_out["count"]) == ("model.layers.*.self_attn.rotary_emb.inv_freq", 2)
+
+
+def test_a_reason_is_told_once_and_small_models_have_parameters(copy: Path, hubmill: Command) -> None:
+    assert "1.64 million parameters" in hubmill("plan", copy).output
+    tiny.edit_json(copy / "config.json", num_key_value_heads=4)
+    shown = hubmill("plan", copy).output
+    assert shown.count("fetch both again") == 1 and shown.count("as gguf") == 2
 
 
 def test_blocks_that_predict_further_tokens_are_listed_as_left_out(copy: Path, hubmill: Command) -> None:
@@ -217,6 +253,18 @@ def test_an_adapter_is_refused(copy: Path, hubmill: Command) -> None:
     (copy / "adapter_config.json").write_text("{}")
     answer = hubmill("plan", copy)
     assert answer.code == 3 and "this is an adapter, not a model. Merge it" in answer.errors
+    (copy / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    answer = hubmill("plan", copy)
+    assert "not a model: it goes with owner/base. Merge it" in answer.errors and "('owner/base')" in answer.errors
+    assert "what can be made" not in answer.output  # an empty table
+
+
+def test_a_pipeline_for_pictures_is_told_as_one(tmp_path: Path, hubmill: Command) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    save_file({"conv.weight": torch.ones(3, 3)}, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    answer = hubmill("plan", tmp_path)
+    assert answer.code == 3 and "a pipeline (StableDiffusionPipeline) of several models (unet)" in answer.errors
 
 
 def test_pickled_weights_hide_no_other_problem(small: Path, tmp_path: Path, hubmill: Command) -> None:
