@@ -340,6 +340,10 @@ def _print_plan(plan: dict[str, Any]) -> None:
         for model in plan["models"]
     ]
     print_table("models", ("model", "commit", "licence", "notes"), models)
+    for shelf in plan["statistics"]:
+        left = f"; the others will be kept there, {bytes_text(shelf['bytes'])}" if shelf["bytes"] else ""
+        there = f"{shelf['there']} of {shelf['blocks']} blocks"
+        print_line(f"statistics of {shelf['model']}: {there} from {shelf['folder']}{left}")
     needs, has = plan["needs"], plan["machine"]
     print_line(
         f"{plan['tasks_needed']} of {plan['tasks']} tasks to run; disk up to {bytes_text(needs['disk_bytes'])} of "

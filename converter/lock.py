@@ -80,7 +80,7 @@ def effective_fields(target: Target, imatrix: str) -> dict[str, object]:
 
 
 def _text_fields(section: Calibration | Evaluation, manifest: Manifest) -> dict[str, object]:
-    return section.model_dump() | {"text": portable(section.text, manifest)}
+    return section.model_dump(exclude={"keep"}) | {"text": portable(section.text, manifest)}
 
 
 def portable(source: str, manifest: Manifest) -> str:

@@ -336,6 +336,9 @@ class _Reader:
         section = self.form.part(type(default), fields, key, {}) if fields else None
         if fields is None or section is None:
             return default
+        if isinstance(section, Calibration) and section.keep:
+            folder = self.absolute(Path(section.keep.removeprefix("folder:")))
+            section = section.model_copy(update={"keep": f"folder:{folder}"})
         kind, _, rest = section.text.partition(":")
         if kind != "file":
             return section

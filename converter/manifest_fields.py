@@ -104,6 +104,11 @@ class Calibration(BaseModel, frozen=True, extra="forbid"):
         BeforeValidator(scalars.whole),
         Field(description="Which rows are drawn from a longer text."),
     ] = 0
+    keep: Annotated[
+        String,
+        AfterValidator(scalars.folder_only),
+        Field(description="folder:path, relative to the manifest, where statistics are kept for later manifests."),
+    ] = ""
     skip_bad_rows: Annotated[
         Switch, Field(description="Leave out rows that overflow instead of failing the model.")
     ] = False

@@ -180,6 +180,14 @@ def text_source(source: str) -> str:
     )
 
 
+def folder_only(folder: str) -> str:
+    """Check the form folder:path."""
+    kind, _, rest = folder.partition(":")
+    if kind == "folder" and rest:
+        return folder
+    raise RefusedError(f"{quoted(folder)} has no known form", _source_remedy(folder, ("folder:path",)))
+
+
 def hub_target(hub: str) -> str:
     """Check where artifacts go: folder:path, or hf for the Hugging Face hub."""
     kind, _, rest = hub.partition(":")

@@ -249,7 +249,7 @@ class Collector:
     def _histogram(self) -> Tensor | None:
         if self._counted is None:
             return None
-        return self.counts if self._counted == "column" else self.counts.sum(0, keepdim=True)
+        return self.counts if self._counted == "column" else histogram_of_tap(self.counts)
 
     def _add_stripe(self, hidden: Tensor, away: Tensor | None, start: int) -> None:
         stop = min(start + STRIPE_COLUMNS, hidden.shape[-1])
@@ -268,6 +268,11 @@ class Collector:
             apart = self._counted == "column"
             rows = slice(start, stop) if apart else slice(start // STRIPE_COLUMNS, start // STRIPE_COLUMNS + 1)
             self.counts[rows] += histogram.counts(stripe, apart)
+
+
+def histogram_of_tap(counts: Tensor) -> Tensor:
+    """The counts [1, B] of a whole tap from those of its parts [C, B]: the same, whatever the parts."""
+    return counts.sum(0, keepdim=True)
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from converter import tensor_file
 from converter.blocks import Decoder
 from converter.compare import evaluation
 from converter.hub_calls import Tell
@@ -71,6 +72,24 @@ def calibrating(attempt: Attempt, model: Model) -> Decoder:
 def rows_of(attempt: Attempt, model: Model, settings: Calibration | Evaluation) -> Tensor:
     """The token rows [N, T] of the text that the manifest names."""
     return text_rows(settings, model.snapshot.folder, model.name, attempt.store.downloads, closed=model.encodes)
+
+
+def hidden_before(
+    attempt: Attempt, model: Model, decoder: Decoder, original: evaluation.Original, block: int
+) -> Tensor:
+    """The original's hidden state [N, T, D] of the calibration rows in front of a block.
+
+    It lies behind the block before where that one was run. Where its statistics were kept from another run it was not:
+    then the rows go through all blocks again.
+    """
+    behind = attempt.store.output(attempt.work.beside or attempt.work.calibrated) / "hidden.safetensors"
+    if block and behind.is_file():
+        return tensor_file.load(behind)["hidden"]
+    rows = rows_of(attempt, model, attempt.work.texts.calibration)
+    hidden = decoder.embed(rows, {name: original.read(name) for name in decoder.input_names})
+    for earlier in range(block):
+        hidden = decoder.run_block(earlier, evaluation.block_tensors(original, earlier), hidden)
+    return hidden
 
 
 def original_of(attempt: Attempt, model: Model) -> evaluation.Original:

@@ -23,8 +23,9 @@ from converter.lock import lock_text, portable, read_lock
 from converter.manifest import Job, Manifest
 from converter.progress import Display, Event
 from converter.source import Snapshot
+from jobs import keep
 from jobs.drive import Executor, InProcess, Progress, drive, say
-from jobs.prepare import Prepared, Room, prepare, room, shortages, unreachable, unwritable
+from jobs.prepare import Prepared, Room, keep_problems, prepare, room, shortages, unreachable, unwritable
 from jobs.steps import open_hub
 from jobs.store import Store, file_sha256, write_json, write_text
 from jobs.task import Graph, Task
@@ -102,6 +103,7 @@ class Ready:
     done: frozenset[str]
     needed: tuple[str, ...]
     reasons: tuple[str, ...]
+    shelves: tuple[keep.Shelf, ...] = ()
 
 
 def plan(run: Run, tell: Tell = hush) -> Ready:
@@ -125,7 +127,10 @@ def plan(run: Run, tell: Tell = hush) -> Ready:
     if run.address is not None:
         reasons += [str(lack) for lack in unreachable(run.address)]
     tasks = [graph.tasks[key] for key in needed]
-    reasons += [str(lack) for lack in shortages(tasks, here, run.address is None, str(run.store.run))]
+    shelves = keep.shelves(tasks)
+    lacks, kept_bytes = keep_problems(shelves, run.store.run)
+    lacks += shortages(tasks, here, run.address is None, str(run.store.run), kept_bytes)
+    reasons += [str(lack) for lack in lacks]
     if needed:
         places = [job.place for job in prepared.plan.jobs if job.place and job.subject in chosen]
         reasons += [str(problem) for problem in open_hub(places[0], tell).problems(places)] if places else []
@@ -134,6 +139,7 @@ def plan(run: Run, tell: Tell = hush) -> Ready:
         room=here,
         done=frozenset(done),
         needed=tuple(needed),
+        shelves=tuple(shelves),
         reasons=tuple(dict.fromkeys(reasons)),
     )
 
@@ -342,7 +348,7 @@ def write_comparison(run: Run, rows: Sequence[dict[str, Any]], measured: Mapping
     folder = run.store.run
     sources = _sources(run.manifest, rows)
     texts = {
-        "calibration": run.manifest.calibration.model_dump(mode="json"),
+        "calibration": run.manifest.calibration.model_dump(mode="json", exclude={"keep"}),
         "evaluation": run.manifest.evaluation.model_dump(mode="json"),
     }
     content = tables.comparison(run.manifest.name, sources, rows, texts)

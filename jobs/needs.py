@@ -16,6 +16,8 @@ from jobs.work import Model, PlannedJob, Texts
 
 F32_BYTES = 4
 SUM_BYTES = 8  # of a column in f64
+FIELDS = 4  # of SUM_BYTES that statistics have for each column: two sums in f64, three values in f32
+NAMES_BYTES = 1000  # that the names of a tap's tensors take in a file
 # Importing torch and transformers and reading a tokenizer takes about this much in every worker process.
 WORKER_BYTES = 700_000_000
 # How many times the widest Gram GPTQ holds at its peak: itself, three of f64 (7 measured in all), and smaller taps'.
@@ -154,10 +156,16 @@ def chain_forwards(job: PlannedJob) -> int:
 def calibrate_disk(model: Model, texts: Texts, block: int, grams: bool, counted: Mapping[str, Counted]) -> int:
     """Disk of a block's statistics, of the sums of all blocks up to it, and of the rows behind it."""
     rows = hidden_bytes(model, texts.calibration.sequences * texts.calibration.length)
-    widths = list(_tap_widths(model, block).values())
-    sums = (block + 1) * SUM_BYTES * sum(widths)
-    matrices = sum(width * width for width in widths) * F32_BYTES if grams else 0
-    return rows + sums + matrices + _counts_bytes(model, block, counted)
+    sums = (block + 1) * SUM_BYTES * sum(_tap_widths(model, block).values())
+    return rows + sums + statistics_disk(model, block, grams, counted)
+
+
+def statistics_disk(model: Model, block: int, grams: bool, counted: Mapping[str, Counted]) -> int:
+    """Disk of a block's statistics alone."""
+    widths = _tap_widths(model, block).values()
+    matrices = sum(width * (width + 1) // 2 for width in widths) * F32_BYTES if grams else 0  # the upper triangles
+    sums = FIELDS * SUM_BYTES * sum(widths) + NAMES_BYTES * len(widths)
+    return sums + matrices + _counts_bytes(model, block, counted)
 
 
 def propagate_disk(model: Model, texts: Texts, block: int, grams: bool, counted: Mapping[str, Counted]) -> int:

@@ -75,7 +75,7 @@ def conversion(task: Task, store: Store) -> Conversion:
     sections = {}
     for settings, sha256 in used if work.model.runs else ():
         section = type(settings).__name__.lower()
-        sections[section] = settings.model_dump(mode="json") | {"text": _portable_text(settings.text)}
+        sections[section] = settings.model_dump(mode="json", exclude={"keep"}) | {"text": _portable_text(settings.text)}
         # Of the token rows that were drawn, whatever the text around them.
         dependencies.append(Dependency(name=f"{section} rows", digest={"sha256": sha256}))
     imatrix = work.target.imatrix_file

@@ -122,6 +122,7 @@ def _calibrate_tasks(jobs: Sequence[PlannedJob], work: Work, fetch: Task, cpus: 
     grams = tuple(tap.name for tap in architecture.taps) if any(need.gram for need in asked) else ()
     own = [job for job in jobs if not job.target.has_chain]
     counted, watch_cache = _counted(own, architecture), any(job.target.kv_cache for job in own)
+    keep = work.texts.calibration.keep.removeprefix("folder:")
     before = fetch
     for block in range(model.blocks):
         spec = {
@@ -144,6 +145,8 @@ def _calibrate_tasks(jobs: Sequence[PlannedJob], work: Work, fetch: Task, cpus: 
                 gram_taps=grams,
                 counted=counted,
                 watch_cache=watch_cache,
+                keep=keep,
+                takes=bool(keep) and not chained,  # a chain reads the original's hidden states, too
                 calibrated=before.key if block else "",
             ),
             reads=(before.key,),
@@ -391,7 +394,7 @@ def _counted(jobs: Sequence[PlannedJob], architecture: Architecture) -> dict[str
 
 def _settings(text: Calibration | Evaluation) -> dict[str, Any]:
     """What decides the token rows, but not where the text lies: its content has a digest of its own."""
-    return text.model_dump(mode="json", exclude={"text"})
+    return text.model_dump(mode="json", exclude={"text", "keep"})
 
 
 def _gpus(work: Work) -> int:

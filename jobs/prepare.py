@@ -33,6 +33,7 @@ from converter.progress import bytes_text
 from converter.provenance import portable_source
 from converter.publish import Destination
 from jobs.agreement import check_agreement
+from jobs.keep import Shelf
 from jobs.needs import disk_bytes, embedding_shape, streams
 from jobs.planner import Plan, build
 from jobs.store import Store
@@ -309,10 +310,33 @@ def _existing(folder: Path) -> Path:
     return existing
 
 
-def shortages(tasks: Sequence[Task], has: Room, here: bool, where: str) -> list[UnsupportedError]:
-    """What is lacking for these tasks; empty when there is enough. here: whether they run on this machine."""
+def keep_problems(shelves: Sequence[Shelf], out: Path) -> tuple[list[UnsupportedError], int]:
+    """Why statistics cannot be kept, and how many bytes of them will lie on the disk of `out`, where results go."""
+    problems: dict[str, UnsupportedError] = {}
+    beside = 0
+    for shelf in shelves:
+        keep, where = shelf.folder.parent, f"model '{shelf.model}': calibration.keep"
+        for problem in unwritable(keep):
+            problems[where] = UnsupportedError(where, problem.what, "Name another folder, or remove keep")
+        if where not in problems and os.stat(_existing(keep)).st_dev == os.stat(_existing(out)).st_dev:
+            beside += shelf.size_bytes
+        elif where not in problems:
+            free = shutil.disk_usage(_existing(keep)).free
+            if shelf.size_bytes > free:
+                what = (
+                    f"statistics of {shelf.model} take {bytes_text(shelf.size_bytes)}, and {bytes_text(free)} are free"
+                )
+                problems[where] = UnsupportedError(where, what, "Free some, name another folder, or remove keep")
+    return list(problems.values()), beside
+
+
+def shortages(tasks: Sequence[Task], has: Room, here: bool, where: str, kept_bytes: int = 0) -> list[UnsupportedError]:
+    """What is lacking for these tasks; empty when there is enough. here: whether they run on this machine.
+
+    kept_bytes: of statistics that stay on the same disk for later manifests.
+    """
     found = []
-    need = disk_bytes(tasks)
+    need = disk_bytes(tasks) + kept_bytes
     if need > has.disk_bytes:
         what = f"the run needs up to {bytes_text(need)} of disk, and {bytes_text(has.disk_bytes)} are free"
         remedy = "Free some, choose another --out, or take fewer targets with --only"

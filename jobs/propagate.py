@@ -23,7 +23,7 @@ from converter.containers import TensorPlan
 from converter.grids import Coded
 from converter.schemes import Activations
 from converter.stats import pack
-from jobs.attempt import Attempt, calibrating, here, original_of, rows_of
+from jobs.attempt import Attempt, calibrating, here, hidden_before, original_of, rows_of
 from jobs.quantize import part_file
 from jobs.stages import joined
 
@@ -39,7 +39,7 @@ def propagate(attempt: Attempt) -> None:
         rows = rows_of(attempt, model, work.texts.calibration)
         first, chain = _embedded(attempt, decoder, original, rows)
     else:
-        first = tensor_file.load(attempt.store.output(work.calibrated) / "hidden.safetensors")["hidden"]
+        first = hidden_before(attempt, model, decoder, original, task.block)
         chain = _run_quantized(attempt, decoder, original, task.block - 1)
         attempt.report(1 / 3)
         if not skip:

@@ -40,6 +40,16 @@ def plan_json(run: Run, ready: Ready) -> dict[str, Any]:
             "memory_bytes": ready.room.memory_bytes,
             "disk_bytes": ready.room.disk_bytes,
         },
+        "statistics": [
+            {
+                "model": shelf.model,
+                "folder": str(shelf.folder),
+                "blocks": shelf.blocks,
+                "there": shelf.there,
+                "bytes": shelf.size_bytes,
+            }
+            for shelf in ready.shelves
+        ],
         "refused": list(ready.reasons),
     }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from converter import tensor_file
 from converter.architecture import Tap
+from converter.blocks import Decoder
 from converter.caches import CacheRounding, rounding_of
 from converter.calibrate import Stage, calibrate_chain
 from converter.compare import evaluation
@@ -27,7 +28,7 @@ from converter.methods.tables import NEEDS, ROUNDERS
 from converter.rare_experts import blended
 from converter.schemes import Activations, Observer
 from converter.stats import pack, unpack
-from jobs.attempt import Attempt, calibrating, original_of
+from jobs.attempt import Attempt, calibrating, hidden_before, original_of
 from jobs.work import Model
 
 
@@ -60,7 +61,8 @@ def round_in_stages(
     assert work.target is not None and b is not None and model.architecture is not None
     rounder = ROUNDERS[work.target.methods[-1]]
     decoder, original = calibrating(attempt, model), original_of(attempt, model)
-    first, chain = (original.turned(hidden) for hidden in _hidden(attempt))  # as the block is by now
+    hidden = _hidden(attempt, model, decoder, original, b)
+    first, chain = (original.turned(one) for one in hidden)  # as the block is by now
     whole = evaluation.block_tensors(original, b) | dict(moved)
     coded: dict[str, Coded] = {}
     notes: dict[str, str] = {}
@@ -114,13 +116,15 @@ def stages_of(state: Block) -> list[tuple[list[str], list[str]]]:
     return [(taps_of_first, [*left, *names]), *stages[1:]]
 
 
-def _hidden(attempt: Attempt) -> tuple[Tensor, Tensor]:
+def _hidden(
+    attempt: Attempt, model: Model, decoder: Decoder, original: evaluation.Original, block: int
+) -> tuple[Tensor, Tensor]:
     """The hidden states [N, T, D] in front of the block: the original's and the chain's."""
     work = attempt.work
     chained = tensor_file.load(attempt.store.output(work.chained) / "hidden.safetensors")
     if "original" in chained:
         return chained["original"], chained["hidden"]
-    return tensor_file.load(attempt.store.output(work.beside) / "hidden.safetensors")["hidden"], chained["hidden"]
+    return hidden_before(attempt, model, decoder, original, block), chained["hidden"]
 
 
 def _decoded(

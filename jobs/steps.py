@@ -29,14 +29,15 @@ from converter.errors import HubmillError, SourceError
 from converter.hub_calls import Tell, hush
 from converter.hub_publish import HuggingFaceHub
 from converter.publish import Destination, FolderHub, Hub
-from converter.stats import pack
-from jobs.attempt import Attempt, calibrating, decoder_of, here, original_of, rows_of
+from converter.stats import pack, unpack
+from jobs import keep
+from jobs.attempt import Attempt, calibrating, decoder_of, here, hidden_before, original_of, rows_of
 from jobs.origin import conversion, file_digests, versions_of
 from jobs.propagate import propagate
 from jobs.quantize import part_file, quantize
 from jobs.store import Store, file_sha256, place, place_file
 from jobs.task import Kind, Task
-from jobs.work import Work
+from jobs.work import Model, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,34 +120,58 @@ def calibrate(attempt: Attempt) -> None:
     task, work = attempt.task, attempt.work
     model = here(attempt)
     assert task.block is not None and model.architecture is not None
-    decoder = calibrating(attempt, model)
-    if task.block == 0:
-        rows = rows_of(attempt, model, work.texts.calibration)
-        hidden = decoder.embed(rows, {name: model.snapshot.read(name) for name in decoder.input_names})
-    else:
-        hidden = tensor_file.load(attempt.store.output(work.calibrated) / "hidden.safetensors")["hidden"]
+    kept = _kept(attempt, task.block) if work.takes else None
+    if kept is None:
+        kept = _calibrate_block(attempt, model, task.block)
+        if work.keep:
+            keep.put(work, task.block, kept, keep.asked_of(work))
+    if kept.skipped:
+        rows = work.texts.calibration.sequences
+        _note(attempt, f"{kept.skipped} of {rows} calibration rows overflowed and were left out")
+    tensor_file.save(attempt.folder / "stats.safetensors", kept.tensors)
+    sums: dict[str, Tensor] = {}  # of this block and every one before it: what an imatrix holds, 8 bytes a column
+    if task.block > 0:
+        sums |= tensor_file.load(attempt.store.output(work.calibrated) / "sums.safetensors")
+    for tap, stats in unpack(kept.tensors, large=()).items():
+        name = model.architecture.prefix(task.block) + tap
+        sums |= {name: stats.sum_squares, f"{name}/rows": torch.tensor([stats.rows])}
+    tensor_file.save(attempt.folder / "sums.safetensors", sums)
+
+
+def _kept(attempt: Attempt, block: int) -> keep.Kept | None:
+    """What an earlier run kept of the block's statistics; None, and a note where it is damaged, when it has to run."""
+    path = keep.block_file(keep.folder_of(attempt.work), block)
+    try:
+        found = keep.take(path, keep.asked_of(attempt.work))
+    except SourceError as error:
+        _note(attempt, f"{path}: {error.what}: made anew")
+        return None
+    if found:
+        _note(attempt, f"taken from {path}")
+    return found
+
+
+def _calibrate_block(attempt: Attempt, model: Model, block: int) -> keep.Kept:
+    """Run the block over the rows in front of it, and leave those behind it for the next."""
+    work, decoder, original = attempt.work, calibrating(attempt, model), original_of(attempt, model)
     result = calibrate_block(
         decoder,
-        task.block,
-        evaluation.block_tensors(original_of(attempt, model), task.block),
-        hidden,
+        block,
+        evaluation.block_tensors(original, block),
+        hidden_before(attempt, model, decoder, original, block),
         gram_for=frozenset(work.gram_taps),
         skip_bad_rows=work.texts.calibration.skip_bad_rows,
         counted_for=work.counted,
         watch_cache=work.watch_cache,
     )
-    if result.skipped:
-        attempt.record["note"] = f"{result.skipped} of {len(hidden)} calibration rows overflowed and were left out"
-    if task.block + 1 < model.blocks:
+    if block + 1 < model.blocks:
         tensor_file.save(attempt.folder / "hidden.safetensors", {"hidden": result.hidden})
-    tensor_file.save(attempt.folder / "stats.safetensors", pack(result.stats))
-    sums: dict[str, Tensor] = {}  # of this block and every one before it: what an imatrix holds, 8 bytes a column
-    if task.block > 0:
-        sums |= tensor_file.load(attempt.store.output(work.calibrated) / "sums.safetensors")
-    for tap, stats in result.stats.items():
-        name = model.architecture.prefix(task.block) + tap
-        sums |= {name: stats.sum_squares, f"{name}/rows": torch.tensor([stats.rows])}
-    tensor_file.save(attempt.folder / "sums.safetensors", sums)
+    return keep.Kept(tensors={name: one.cpu() for name, one in pack(result.stats).items()}, skipped=result.skipped)
+
+
+def _note(attempt: Attempt, what: str) -> None:
+    """Add a sentence to what the run says of this task."""
+    attempt.record["note"] = "; ".join(filter(None, [attempt.record.get("note", ""), what]))
 
 
 def imatrix(attempt: Attempt) -> None:

@@ -113,6 +113,8 @@ class Work:
     drift_taps: tuple[str, ...] = ()
     counted: Mapping[str, Counted] = field(default_factory=dict)  # taps that get a histogram, and of what
     watch_cache: bool = False  # whether keys and values are taps, too
+    keep: str = ""  # the folder where statistics are kept for later manifests
+    takes: bool = False  # whether those that are there take the place of a forward
     imatrix_sha256: str = ""  # of the file that the target names, as it was planned with
     calibrated: str = ""  # the key of the task whose statistics, or hidden state, this step reads
     chained: str = ""  # the key of a propagate task: of the block before to the next, of a block to its quantize task

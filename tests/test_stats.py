@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from converter.architecture import find
+from converter.blocks import Decoder
+from converter.calibrate import calibrate_block
 from converter.errors import NumericsError
+from converter.source import open_folder
 from converter.stats import STRIPE_COLUMNS, Collector, TapStats, observe, pack, unpack
+from tiny_models import write_llama
 
 EPS = torch.finfo(torch.float32).eps
 FIELDS = ("sum_squares", "abs_sum", "abs_max", "minimum", "maximum")
@@ -207,3 +214,38 @@ def test_a_packed_drift_comes_back_bit_for_bit_or_stays_where_it_is() -> None:
     packed = pack({"tap": with_drift(rows(9, 5), drifted(rows(9, 5)))})
     assert torch.equal(unpack(packed)["tap"].drift, packed["tap/drift"])  # type: ignore[arg-type]
     assert unpack(packed, large=())["tap"].drift is None
+
+
+def test_two_runs_over_parts_of_the_rows_sum_to_one_over_all(tmp_path: Path) -> None:
+    write_llama(tmp_path, torch.float32)
+    snapshot = open_folder(tmp_path, "test")
+    architecture = find(snapshot.config, "test").fitted(snapshot.config, snapshot.tensors, "test")
+    decoder = Decoder(tmp_path, architecture, "test", stored=snapshot.tensors)
+    tensors = {name.removeprefix("model.layers.0."): snapshot.read(name) for name in snapshot.tensors if ".0." in name}
+    hidden = rows(5 * 24, 128).reshape(5, 24, 128)
+    asked = {
+        "gram_for": frozenset(tap.name for tap in architecture.taps),
+        "counted_for": {"attention_input": "tap", "mlp_middle": "column"},
+        "watch_cache": True,
+    }
+    seen: dict[str, list[Tensor]] = {}
+
+    def remember(n: int, found: Mapping[str, Tensor]) -> None:
+        for tap, one in found.items():
+            seen.setdefault(tap, []).append(one)
+
+    decoder.run_block(0, tensors, hidden, remember)
+    whole = calibrate_block(decoder, 0, tensors, hidden, **asked).stats  # type: ignore[arg-type]
+    first, second = (calibrate_block(decoder, 0, tensors, part, **asked).stats for part in (hidden[:2], hidden[2:]))  # type: ignore[arg-type]
+    assert first.keys() == second.keys() == whole.keys()
+    for tap, one in whole.items():
+        both = first[tap] + second[tap]
+        assert both.rows == one.rows == 5 * 24
+        for field in ("abs_max", "minimum", "maximum", "histogram"):  # of the same rows, bit for bit
+            assert (vars(both)[field] is None) == (vars(one)[field] is None)
+            assert vars(one)[field] is None or torch.equal(vars(both)[field], vars(one)[field])
+        for field in ("sum_squares", "abs_sum"):  # 120 terms in f64, none negative
+            torch.testing.assert_close(vars(both)[field], vars(one)[field], rtol=121 * 2.3e-16, atol=0)
+        if one.gram is not None:
+            together = torch.cat(seen[tap])
+            assert_gram_close(both.gram, one.gram.double(), together)
