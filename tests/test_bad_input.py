@@ -128,7 +128,7 @@ TARGET_FAULTS = {
         r"small\.yaml:5:\d+: .*cannot store scheme 'INT3'; it stores",
     ),
     "format: gguf, type: Q8_0, rules: {down: Q9}": (2, r"small\.yaml:5:\d+: .*cannot store rule type 'Q9'.*Choose"),
-    "format: compressed-tensors, scheme: W8A8, granularity: group, group_size: 32": (
+    "format: compressed-tensors, scheme: W8A8_STATIC, granularity: group, group_size: 32": (
         3,
         r"small\.yaml:5: target 'x': no",
     ),

@@ -267,7 +267,8 @@ def test_rows_that_no_reader_takes_packed_keep_their_type(scheme: str, intermedi
     ("target", "message"),
     [
         (make_target("W4A16_ASYM", (r"mlp\.(gate|up)_proj", "W8A16")), "asymmetric codes beside another scheme"),
-        (make_target("W8A8", group_size=64), "no reader runs W8A8 with group scales"),
+        (make_target("W8A8", symmetric=False), "no reader runs W8A8 with asymmetric weights"),
+        (make_target("W8A8_STATIC", group_size=64), "no reader runs W8A8_STATIC with weights in groups"),
         (make_target("W4A16", granularity="tensor"), "one scale per tensor"),
         (make_target("W4A16", (r"q_proj", "W8A16")), "let rules cover all of"),
         (make_target("W4A16", (r"v_proj", "BF16")), "let rules cover all of"),

@@ -2,10 +2,11 @@
 
 transformers and vLLM read it. What a weight becomes (O out, I in, G groups):
 
-    pack-quantized        integers whose inputs keep their precision: weight_packed i32 [O, I b / 32], a stream of bits;
-                          weight_scale [O, G]; weight_shape; asymmetric: weight_zero_point i32 [O b / 32, G]
-    int-quantized         W8A8: weight i8, weight_scale [O, 1]; a static input_scale [1] and, where inputs are not
-                          symmetric, input_zero_point i8 [1]; W4A8 has the parts of pack-quantized
+    pack-quantized        integers whose inputs keep their precision, and W4A8 and W8A8 in groups (inputs int8):
+                          weight_packed i32 [O, I b / 32], a stream of bits; weight_scale [O, G]; weight_shape;
+                          asymmetric: weight_zero_point i32 [O b / 32, G]
+    int-quantized         W8A8 by row or tensor: weight i8, weight_scale [O, 1]; a static input_scale [1] and, where
+                          inputs are not symmetric, input_zero_point i8 [1]
     float-quantized       fp8: weight, weight_scale [1], [O, 1] or [O / 128, I / 128]; a static input_scale [1]
     nvfp4-pack-quantized  weight_packed u8 [O, I / 2], weight_scale fp8 [O, I / 16], weight_global_scale f32 [1], which
                           scales are divided by; with inputs in fp4 an input_global_scale f32 [1] as well
@@ -56,7 +57,7 @@ from converter.grids.floats import Fp8Grid
 from converter.grids.micro import MIDDLE, MicroGrid
 from converter.grids.plain import PlainGrid
 from converter.manifest import Target
-from converter.schemes import Activations
+from converter.schemes import Activations, Granularity
 from converter.source import Header, Snapshot
 
 LAYOUT_VERSION = "0.20.0"  # of compressed-tensors, whose layout this is
@@ -76,7 +77,7 @@ class CompressedTensors(SafetensorsModel):
             _check_float_granularity(choice)
             return choice.grid(group_size=None, scale_dtype=dtype), ""
         _check_granularity(choice)
-        if is_plain_int8(scheme.bits, scheme.activations):
+        if is_plain_int8(scheme.bits, scheme.activations, choice.target.granularity):
             return choice.grid(group_size=None, scale_dtype=dtype), ""
         if columns * scheme.bits % 32:
             return plain, f"kept: rows of {columns} values do not fill whole 32-bit words"
@@ -124,7 +125,7 @@ class CompressedTensors(SafetensorsModel):
             dtype=grid.scale_dtype,
             shape=(1,) if grid.granularity == "tensor" else (out, groups),
         )
-        if is_plain_int8(grid.bits, tensor.activations):
+        if is_plain_int8(grid.bits, tensor.activations, grid.granularity):
             found = [Entry(name=tensor.name, dtype="I8", shape=tensor.shape), scale]
             if _is_static(tensor):
                 found.append(Entry(name=f"{module}.input_scale", dtype=grid.scale_dtype, shape=(1,)))
@@ -155,7 +156,7 @@ class CompressedTensors(SafetensorsModel):
                 return found + _input_parts(tensor, parts, scale.dtype)
         assert isinstance(grid, AffineGrid)
         scale = scale.reshape(1) if grid.granularity == "tensor" else scale
-        if is_plain_int8(grid.bits, tensor.activations):
+        if is_plain_int8(grid.bits, tensor.activations, grid.granularity):
             return [codes, scale, *_input_parts(tensor, parts, scale.dtype)]
         found = [pack_words(codes, grid.bits), scale, torch.tensor(tensor.shape)]
         if not grid.symmetric:  # packed along the output dimension, one stream for each group
@@ -194,9 +195,12 @@ class CompressedTensors(SafetensorsModel):
         }
 
 
-def is_plain_int8(bits: int, activations: Activations | None) -> bool:
-    """Whether integers are stored as they are: where inputs are integers, too, and codes take a byte."""
-    return bits == 8 and activations is not None
+def is_plain_int8(bits: int, activations: Activations | None, granularity: Granularity | None) -> bool:
+    """Whether integers are stored as they are: where inputs are integers, too, and codes take a byte.
+
+    In groups they are packed all the same: transformers reads both, and vLLM's kernels for groups that only.
+    """
+    return bits == 8 and activations is not None and granularity != "group"
 
 
 def pack_fp4(codes_OI: Tensor) -> Tensor:
@@ -261,7 +265,7 @@ def _group_settings(tensor: TensorPlan) -> dict[str, Any]:
             weights |= {"strategy": grid.granularity, "block_structure": list(grid.block) if grid.block else None}
         case _:
             assert isinstance(grid, AffineGrid)
-            format = "int-quantized" if is_plain_int8(grid.bits, activations) else "pack-quantized"
+            format = "int-quantized" if is_plain_int8(grid.bits, activations, grid.granularity) else "pack-quantized"
             weights |= {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric}
             weights |= {"strategy": grid.granularity, "group_size": grid.group_size}
     return {
@@ -300,11 +304,14 @@ def _check_float_granularity(choice: Choice) -> None:
 
 def _check_granularity(choice: Choice) -> None:
     target, activations = choice.target, choice.scheme.activations
-    if activations and choice.scheme.bits == 8 and (target.granularity == "group" or not target.symmetric):
-        what = f"{target.scheme} with {target.granularity} scales, symmetric: {str(target.symmetric).lower()}"
-        remedy = "Use symmetric weights with one scale per channel or per tensor"
-        raise UnsupportedError(where_of(target), f"no reader runs {what}", remedy)
-    if not (activations and choice.scheme.bits == 8) and target.granularity == "tensor":
+    bytewise = activations is not None and choice.scheme.bits == 8
+    if bytewise and not target.symmetric:
+        remedy = "Use symmetric weights: in groups, or with one scale per channel or per tensor"
+        raise UnsupportedError(where_of(target), f"no reader runs {target.scheme} with asymmetric weights", remedy)
+    if activations and activations.static and target.granularity == "group":
+        remedy = "Use scheme W8A8, whose inputs have a scale for each token, or one scale per channel"
+        raise UnsupportedError(where_of(target), f"no reader runs {target.scheme} with weights in groups", remedy)
+    if not bytewise and target.granularity == "tensor":
         what = f"vLLM does not load {target.scheme} with one scale per tensor"
         raise UnsupportedError(where_of(target), what, "Use granularity channel or group")
 
