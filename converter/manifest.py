@@ -116,7 +116,9 @@ class _Reader:
             "exclude": tuple(exclude for _, exclude in excludes),
         }
         present = {key: value for key, value in ready.items() if key in self.root.entries}
-        facts = {"path": self.path, "sha256": sha256, "expanded": kept}
+        texts = {key: self.root.entries[key] for key in ("calibration", "evaluation") if key in self.root.entries}
+        places = {key: f"{self.path}:{entry.key.line}" for key, entry in texts.items()}
+        facts = {"path": self.path, "sha256": sha256, "expanded": kept, "places": places}
         built = self.form.part(Manifest, self.root, "", present | facts)
         if not self.form.problems.found:  # with jobs missing, what follows would blame the wrong place
             self.check_effects(drafts, jobs, excludes, kept)

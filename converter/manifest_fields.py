@@ -221,6 +221,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     exclude: Annotated[tuple[Exclude, ...], Field(description="Jobs to leave out.")] = ()
     path: SkipJsonSchema[Path]
     sha256: SkipJsonSchema[str]  # of the manifest's bytes
+    places: SkipJsonSchema[dict[str, str]] = {}  # file:line of calibration and evaluation, where they stand there
     expanded: SkipJsonSchema[tuple[Job, ...]] = ()
 
     def jobs(self) -> tuple[Job, ...]:

@@ -251,8 +251,8 @@ def _texts(manifest: Manifest, unread: HubmillError | None, model: Model, store:
             what = f"rows of {longest} tokens are asked for, and the model takes {most} at most"
             raise UnsupportedError(f"model '{model.name}'", what, "Mend `length` of calibration and evaluation")
         rows = [
-            text_rows(settings, folder, model.name, store.downloads, closed=model.encodes)
-            for settings in (manifest.calibration, manifest.evaluation)
+            text_rows(settings, folder, model.name, store.downloads, model.encodes, manifest.places.get(section, ""))
+            for section, settings in (("calibration", manifest.calibration), ("evaluation", manifest.evaluation))
         ]
         largest, table = max(int(tokens.max()) for tokens in rows), embedding_shape(model)[0]
         if largest >= table:

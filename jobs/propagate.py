@@ -62,7 +62,7 @@ def propagate(attempt: Attempt) -> None:
     # Of the first block the original's is nowhere else, since calibration writes what is behind a block.
     saved = {"hidden": chain} | ({"original": first} if task.block == 0 else {})
     tensor_file.save(attempt.folder / "hidden.safetensors", saved)
-    tensor_file.save(attempt.folder / "stats.safetensors", pack(stats))
+    tensor_file.save(attempt.folder / "stats.safetensors", pack(stats), {"skipped": str(skipped)})
 
 
 def _embedded(

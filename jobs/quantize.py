@@ -15,6 +15,7 @@ from converter import tensor_file
 from converter.containers import TensorPlan
 from converter.containers.gguf import coverage
 from converter.containers.gguf.operations import apply_preparation
+from converter.manifest import Target
 from converter.methods import Block, Options
 from converter.methods.ranges import fix_inputs, largest_kept, share_ranges
 from converter.methods.tables import NEEDS, ROUNDERS, TRANSFORMS, turns
@@ -37,7 +38,8 @@ def quantize(attempt: Attempt) -> None:
     model = here(attempt)
     inside = model.architecture if block is not None else None
     prefix = inside.prefix(block) if inside and block is not None else ""
-    stats, rare = blended(_statistics(attempt), inside.taps if inside else ())
+    seen, attempt.record["skipped"] = _statistics(attempt)
+    stats, rare = blended(seen, inside.taps if inside else ())
     state = Block(
         where=attempt.task.subject + (f" block {block}" if block is not None else ""),
         tensors={},
@@ -47,7 +49,8 @@ def quantize(attempt: Attempt) -> None:
         residual=_residual(model, block),
     )
     notes: dict[str, str] = {}
-    _add(notes, _of_taps(rare, work.tensors, state, prefix))
+    for said in (rare, _dark(work.target, stats)):
+        _add(notes, _of_taps(said, work.tensors, state, prefix))
     importance: Mapping[str, Tensor] = {}  # by name in the artifact, where it is not the statistics'
     if weighing := coverage.weighing_of(work.target):
         coverage.check_unchanged(weighing, work.imatrix_sha256)
@@ -110,15 +113,29 @@ def _unmatched(attempt: Attempt, state: Block, prefix: str) -> Iterator[str]:
                 yield tensor.source
 
 
-def _statistics(attempt: Attempt) -> Mapping[str, TapStats]:
-    """What calibration saw in this block, by tap; nothing when the target asks for nothing."""
+def _dark(target: Target, stats: Mapping[str, TapStats]) -> dict[str, str]:
+    """By tap, how many of its columns no calibration row lit, where rounding would have made use of it."""
+    needs = [NEEDS[method](target.collects_imatrix) for method in target.methods]
+    if not any(need.sums or need.gram for need in needs):
+        return {}
+    counts = {tap: int((one.sum_squares == 0).sum()) for tap, one in stats.items()}
+    return {
+        tap: f"{count} of {len(stats[tap].sum_squares)} input columns stayed dark in calibration: rounded to nearest"
+        for tap, count in counts.items()
+        if 0 < count < len(stats[tap].sum_squares)  # of one that is dark as a whole, the rounder says so
+    }
+
+
+def _statistics(attempt: Attempt) -> tuple[Mapping[str, TapStats], int]:
+    """What calibration saw in this block, by tap; nothing when the target asks for nothing. And rows it left out."""
     work = attempt.work
     if not work.calibrated:
-        return {}
+        return {}, 0
     assert work.target is not None
     gram = any(NEEDS[method](work.target.collects_imatrix).gram for method in work.target.methods)
     large = [*(["gram", "drift"] if gram else []), *(["histogram"] if work.target.counts_inputs else [])]
-    return unpack(tensor_file.load(attempt.store.output(work.calibrated) / "stats.safetensors"), large)
+    file = tensor_file.load(attempt.store.output(work.calibrated) / "stats.safetensors")
+    return unpack(file, large), int(file.metadata.get("skipped", 0))
 
 
 def _stream(

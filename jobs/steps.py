@@ -125,10 +125,9 @@ def calibrate(attempt: Attempt) -> None:
         kept = _calibrate_block(attempt, model, task.block)
         if work.keep:
             keep.put(work, task.block, kept, keep.asked_of(work))
-    if kept.skipped:
-        rows = work.texts.calibration.sequences
-        _note(attempt, f"{kept.skipped} of {rows} calibration rows overflowed and were left out")
-    tensor_file.save(attempt.folder / "stats.safetensors", kept.tensors)
+    for what in left_out(kept.skipped, work.texts.calibration.sequences):
+        _note(attempt, what)
+    tensor_file.save(attempt.folder / "stats.safetensors", kept.tensors, {"skipped": str(kept.skipped)})
     sums: dict[str, Tensor] = {}  # of this block and every one before it: what an imatrix holds, 8 bytes a column
     if task.block > 0:
         sums |= tensor_file.load(attempt.store.output(work.calibrated) / "sums.safetensors")
@@ -167,6 +166,11 @@ def _calibrate_block(attempt: Attempt, model: Model, block: int) -> keep.Kept:
     if block + 1 < model.blocks:
         tensor_file.save(attempt.folder / "hidden.safetensors", {"hidden": result.hidden})
     return keep.Kept(tensors={name: one.cpu() for name, one in pack(result.stats).items()}, skipped=result.skipped)
+
+
+def left_out(skipped: int, rows: int) -> list[str]:
+    """What is said of calibration rows that overflowed, in a list that is empty where none did."""
+    return [f"{skipped} of {rows} calibration rows overflowed and were left out"] if skipped else []
 
 
 def _note(attempt: Attempt, what: str) -> None:
@@ -225,6 +229,7 @@ def assemble(attempt: Attempt) -> None:
     attempt.record["notes"] = notes | {name: note for record in records for name, note in record["notes"].items()}
     if work.artifact.notes:
         attempt.record["note"] = "; ".join(work.artifact.notes)
+    attempt.record["skipped"] = max((record.get("skipped", 0) for record in records), default=0)
     attempt.record["quantize_seconds"] = sum(record["seconds"] for record in records)
     attempt.record["quantize_peak_bytes"] = max(record["peak_bytes"] for record in records)
     attempt.record["files"] = list_files(attempt.folder)
@@ -365,7 +370,7 @@ def row_of(store: Store, work: Work) -> dict[str, Any]:
         "peak_rss_bytes": max(assembled["quantize_peak_bytes"], assembled["peak_bytes"], measured["peak_bytes"]),
         "source": source | {"parameters": measured["parameters"]} | measured.get("source", {}),
         "notes": assembled["notes"],
-        "warnings": list(work.artifact.notes),
+        "warnings": [*work.artifact.notes, *left_out(assembled.get("skipped", 0), work.texts.calibration.sequences)],
     }
 
 

@@ -12,11 +12,14 @@ from converter.manifest import Calibration, Evaluation
 from converter.tokenizer import tokenizer
 
 
-def text_rows(settings: Calibration | Evaluation, folder: Path, name: str, cache: Path, closed: bool = False) -> Tensor:
+def text_rows(
+    settings: Calibration | Evaluation, folder: Path, name: str, cache: Path, closed: bool = False, place: str = ""
+) -> Tensor:
     """The token rows [N, T] i64 of a manifest's text for the model in `folder`.
 
     closed: a row is a whole text, so that it ends with what the tokenizer puts behind one. cache receives the files of
-    a data set on a hub. Raises SourceError when the text cannot be read or is too short.
+    a data set on a hub. place: where in the manifest the text stands, for errors. Raises SourceError when the text
+    cannot be read or is too short.
     """
     split: Literal["calibration", "evaluation"] = "calibration" if isinstance(settings, Calibration) else "evaluation"
     loaded = tokenizer(folder, f"model '{name}'")
@@ -33,7 +36,7 @@ def text_rows(settings: Calibration | Evaluation, folder: Path, name: str, cache
         settings.sequences,
         settings.length,
         settings.seed if isinstance(settings, Calibration) else 0,
-        f"{split} text of model '{name}'",
+        f"{place}: {split} text of model '{name}'".removeprefix(": "),
         loaded.prefix,
         loaded.suffix if closed else (),
     )

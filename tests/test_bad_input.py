@@ -162,8 +162,14 @@ def test_rows_that_no_block_divides_are_planned_with_a_fallback(place: Path, hub
 
 
 TEXT_FAULTS = {
-    "calibration: {text: file:short.txt}": (3, r"calibration text of model 'model': the text has \d+ tokens.*Ask for"),
-    "evaluation: {text: file:short.txt}": (3, r"evaluation text of model 'model': the text has \d+ tokens.*Ask for"),
+    "calibration: {text: file:short.txt}": (
+        3,
+        r"small\.yaml:6: calibration text of model 'model': the text has \d+ tokens.*Ask for",
+    ),
+    "evaluation: {text: file:short.txt}": (
+        3,
+        r"small\.yaml:6: evaluation text of model 'model': the text has \d+ tokens.*Ask for",
+    ),
     "evaluation: {text: file:empty.txt}": (3, r"empty\.txt: there is no text in it.*Name a file"),
     "calibration: {text: file:binary.txt}": (3, r"binary\.txt: the text is not UTF-8 at byte 0.*Convert"),
     "calibration: {text: file:broken.jsonl}": (3, r"broken\.jsonl:2: not JSON.*Write one JSON object per line"),
