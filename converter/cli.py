@@ -24,6 +24,7 @@ from converter import manifest as manifests
 from converter import progress
 from converter.errors import HubmillError, ManifestError, SourceError
 from converter.progress import bytes_text, count_text, print_error, print_json, print_line, print_table
+from jobs.store import Store
 
 app = typer.Typer(
     help="Offline batch converter for model hubs: one manifest in; GGUF, safetensors and Parquet out.",
@@ -166,9 +167,9 @@ def convert(
 @app.command()
 def status(manifest: MANIFEST, out: OUT = Path("out"), json: JSON = False) -> None:
     """Show how far a run is, from its files, also while or after it runs elsewhere."""
-    from jobs import show
+    from jobs.status import status as look
 
-    found = show.status(_run(manifest, out).store)
+    found = look(_store(manifest, out))
     if json:
         print_json(found)
         return
@@ -189,10 +190,10 @@ def compare(manifest: MANIFEST, out: OUT = Path("out"), json: JSON = False) -> N
     """Show the comparison of a run that is finished."""
     from converter.compare.tables import read_comparison
 
-    run = _run(manifest, out)
-    found = read_comparison(run.store.run)
+    folder = _store(manifest, out).run
+    found = read_comparison(folder)
     if found is None:
-        raise SourceError(str(run.store.run), "there is no comparison yet", f"Run hubmill convert {manifest} first")
+        raise SourceError(str(folder), "there is no comparison yet", f"Run hubmill convert {manifest} first")
     if json:
         print_json(found)
     else:
@@ -278,7 +279,6 @@ def _source(given: str) -> str:
 
 def _survey(source: str, out: Path, json: bool) -> NoReturn:
     """Show what can be made of one model, and exit."""
-    from jobs.store import Store
     from jobs.survey import survey
 
     name = source.partition("@")[0].rpartition("/")[2]
@@ -290,6 +290,11 @@ def _survey(source: str, out: Path, json: bool) -> NoReturn:
     for problem in found["problems"]:
         print_error(problem)
     raise typer.Exit(3 if found["problems"] else 0)
+
+
+def _store(path: Path, out: Path) -> Store:
+    """The files of a manifest's run. Raises ManifestError."""
+    return Store(run=(out / manifests.load(path).name).absolute())
 
 
 def _run(

@@ -1,18 +1,14 @@
-"""What a run would do, and what it is doing, as plain data for the command line to print."""
+"""What a run would do, as plain data for the command line to print."""
 
 from __future__ import annotations
 
-import fcntl
-import json
 from collections import Counter
 from typing import Any
 
 from converter.compare.card import stated_licence
-from converter.errors import SourceError
 from converter.manifest import Calibration
 from jobs.convert import Ready, Run
 from jobs.needs import chain_forwards, disk_bytes, memory_bytes
-from jobs.store import Store
 from jobs.work import Model, PlannedJob
 
 
@@ -97,52 +93,3 @@ def _job_json(job: PlannedJob, ready: Ready) -> dict[str, Any]:
             for tensor in tensors
         ],
     }
-
-
-def status(store: Store) -> dict[str, Any]:
-    """The last thing that happened to every job, from the run's log; needs no driver."""
-    if not store.events.is_file():
-        raise SourceError(str(store.run), "nothing has run here yet", "Start with hubmill convert")
-    last: dict[str, dict[str, Any]] = {}
-    counts: Counter[str] = Counter()
-    running: dict[str, dict[str, Any]] = {}
-    for line in store.events.read_text("utf-8").split("\n"):
-        try:
-            event = json.loads(line)
-        except ValueError:  # the end of a run that was killed while it wrote, or is writing now
-            continue
-        if event["task"] == "plan":  # each run begins with it
-            counts.clear()
-            running.clear()
-            last.clear()
-            continue
-        if event["state"] == "note":
-            continue  # what a task waits for now, its progress says
-        counts[event["state"]] += 1
-        if event["task"] != "plan" and last.get(event["subject"], event)["state"] not in ("failed", "skipped"):
-            last[event["subject"]] = event  # what failed stays, though other tasks of the job may still end well
-        running.pop(event["task"], None)
-        if event["state"] == "start":
-            running[event["task"]] = event
-    alive = is_running(store)
-    for key, event in running.items():
-        fraction, waits = store.progress(key)
-        said = f"{100 * fraction:.0f} %{', ' if waits else ''}{waits}"
-        event["note"] = said if alive else "was cut; convert goes on from here"
-    return {
-        "running": len(running) if alive else 0,
-        "done": counts["done"],
-        "failed": counts["failed"],
-        "skipped": counts["skipped"],
-        "tasks": list(last.values()),
-    }
-
-
-def is_running(store: Store) -> bool:
-    """Whether a run holds this folder; the system lets go of it when a run ends, however it ends."""
-    try:
-        with (store.work / "lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    return False

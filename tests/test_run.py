@@ -20,7 +20,8 @@ from converter import manifest as manifests
 from converter.errors import UnsupportedError
 from converter.progress import Event
 from jobs.convert import Refused, Run, convert, only_run, plan
-from jobs.show import is_running, plan_json, status
+from jobs.show import plan_json
+from jobs.status import is_running, status
 from jobs.store import Store
 from jobs.verify import verify
 from patience import PATIENCE_SECONDS
