@@ -18,7 +18,7 @@ from converter import cli
 try:
     cli.main()
 except SystemExit:
-    sys.stderr.write("slow:" + " ".join({"torch", "transformers", "ray", "numba", "pyarrow.dataset"} & set(sys.modules)))
+    sys.stderr.write("slow:" + " ".join({"torch", "transformers", "ray", "numba"} & set(sys.modules)))
 """
 
 
