@@ -49,9 +49,8 @@ def blended(stats: Mapping[str, TapStats], taps: Sequence[Tap]) -> tuple[dict[st
         layer = _layer(seen, shared=kind == EXPERT_INPUT)
         for name in rare:
             found[name] = _filled(stats.get(name), layer, wanted)
-            own = stats[name].rows if name in stats else 0
-            rows = "1 calibration row" if own == 1 else f"{own} calibration rows"
-            notes[name] = f"reached by {rows}: statistics filled up to {wanted} with its layer's"
+            few = "few calibration rows" if name in stats else "no calibration row"
+            notes[name] = f"{few} reached it: statistics filled up to {wanted} with its layer's"
     return found, notes
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from converter import tensor_file
+from converter.architecture import Architecture
 from converter.containers import TensorPlan
 from converter.containers.gguf import coverage
 from converter.containers.gguf.operations import apply_preparation
@@ -40,6 +41,7 @@ def quantize(attempt: Attempt) -> None:
     prefix = inside.prefix(block) if inside and block is not None else ""
     seen, attempt.record["skipped"] = _statistics(attempt)
     stats, rare = blended(seen, inside.taps if inside else ())
+    attempt.record["rows"] = _rows(work.tensors, seen, inside)
     state = Block(
         where=attempt.task.subject + (f" block {block}" if block is not None else ""),
         tensors={},
@@ -111,6 +113,14 @@ def _unmatched(attempt: Attempt, state: Block, prefix: str) -> Iterator[str]:
             stats = state.stats_of(tensor.source.removeprefix(prefix))
             if tensor.quantized and stats is not None and stats.drift is None:
                 yield tensor.source
+
+
+def _rows(
+    tensors: Sequence[TensorPlan], seen: Mapping[str, TapStats], architecture: Architecture | None
+) -> dict[str, int]:
+    """How many calibration rows each linear read, by checkpoint name; nothing where no statistics were asked for."""
+    taps = {tensor.source: architecture.tap_of(tensor.source) for tensor in tensors} if architecture and seen else {}
+    return {name: seen[tap.name].rows if tap.name in seen else 0 for name, tap in taps.items() if tap}
 
 
 def _dark(target: Target, stats: Mapping[str, TapStats]) -> dict[str, str]:

@@ -229,6 +229,7 @@ def assemble(attempt: Attempt) -> None:
     attempt.record["notes"] = notes | {name: note for record in records for name, note in record["notes"].items()}
     if work.artifact.notes:
         attempt.record["note"] = "; ".join(work.artifact.notes)
+    attempt.record["rows"] = {name: rows for record in records for name, rows in record.get("rows", {}).items()}
     attempt.record["skipped"] = max((record.get("skipped", 0) for record in records), default=0)
     attempt.record["quantize_seconds"] = sum(record["seconds"] for record in records)
     attempt.record["quantize_peak_bytes"] = max(record["peak_bytes"] for record in records)
@@ -275,9 +276,10 @@ def evaluate(attempt: Attempt) -> None:
         rows_of(attempt, model, work.texts.evaluation) if model.runs else None,
         attempt.report,
     )
-    notes: dict[str, str] = attempt.store.record(work.assembled)["notes"]
+    assembled = attempt.store.record(work.assembled)
     for tensor in measured["tensors"]:
-        tensor["note"] = notes.get(tensor["name"], "")
+        tensor["note"] = assembled["notes"].get(tensor["name"], "")
+        tensor["calibration_rows"] = assembled.get("rows", {}).get(tensor["name"])
     attempt.record.update(measured)
     if work.referenced:
         attempt.record["source"] = attempt.store.record(work.referenced)["source"]

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,7 +56,7 @@ def test_experts_with_enough_rows_keep_every_bit(kind: str) -> None:
     stats = seen({0: ENOUGH[kind], 1: ENOUGH[kind] + 1, 2: 500, 3: 1}, kind)
     found, notes = blended(stats, taps(kind, 4))
     assert all(found[f"{kind}.{e}"] is stats[f"{kind}.{e}"] for e in (0, 1, 2))
-    assert list(notes) == [f"{kind}.3"] and "reached by 1 calibration row" in notes[f"{kind}.3"]
+    assert list(notes) == [f"{kind}.3"] and "few calibration rows reached it" in notes[f"{kind}.3"]
 
 
 def test_dense_taps_and_kinds_that_nothing_was_seen_of_stay_as_they_are() -> None:
@@ -180,10 +181,15 @@ def test_a_run_says_how_many_rows_reached_an_expert_and_fails_for_none(tmp_path:
     for row in result.rows:
         notes = row["notes"]
         assert notes["model.layers.0.mlp.experts.7.up_proj.weight"] == (
-            "reached by 0 calibration rows: statistics filled up to 64 with its layer's"
+            "no calibration row reached it: statistics filled up to 64 with its layer's"
         )
         assert "filled up to 16 " in notes["model.layers.0.mlp.experts.7.down_proj.weight"]
         assert not any("self_attn" in name for name in notes)
+    table = pyarrow.parquet.read_table(run.store.run / "tensors.parquet").to_pylist()
+    own = {row["name"]: row["calibration_rows"] for row in table if row["target"] == "gptq"}
+    inputs = [own[f"model.layers.0.mlp.experts.{e}.gate_proj.weight"] for e in range(8)]
+    assert sum(inputs) == 2 * 4 * 64 and inputs[7] == 0  # each of the tokens reaches two
+    assert own["model.layers.0.self_attn.o_proj.weight"] == 4 * 64 and own["model.embed_tokens.weight"] is None
     # Its range is the layer's: of inputs that of all experts, which read one hidden state.
     folder = run.store.run / "model" / "fp8"
     scales = [

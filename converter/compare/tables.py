@@ -67,6 +67,7 @@ TENSOR_SCHEMA = pa.schema(
         ("block_relative_mse", pa.float64()),
         ("outlier_ratio", pa.float64()),
         ("outlier_channels", pa.list_(pa.int32())),
+        ("calibration_rows", pa.int64()),
         ("note", pa.string()),
     ]
 )
