@@ -255,6 +255,11 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("arcee", {"hidden_act": "silu"}),
     ("arcee", {"mlp_bias": True}),
     ("qwen2", {"use_sliding_window": True}),
+    ("qwen2", {"head_dim": 64}),
+    ("qwen2_moe", {"head_dim": 64}),
+    ("qwen2_moe", {"tie_word_embeddings": True}),
+    ("olmo2", {"head_dim": 64}),
+    ("lfm2", {"head_dim": 64}),
 ]
 
 
@@ -290,6 +295,19 @@ def test_what_readers_do_otherwise_is_said_in_the_plan(made: Callable[[str], Pat
     snapshot, architecture = tiny.load(made(name))
     notes = GGUF.plan(snapshot, architecture, tiny.target("F32")).notes
     assert sum(said in note for note in notes) == 1
+
+
+@pytest.mark.parametrize("name", few(["gpt_oss", "mistral-yarn", "deepseek_v3-yarn"], ("gpt_oss",)))
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_bounds_of_yarns_ramp_that_are_not_whole_are_told(save: Callable[[str], Path], name: str, key: str) -> None:
+    folder = save(name)
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    tiny.edit_config(
+        folder, **{"rope_parameters": None, "rope_theta": rope["rope_theta"], key: rope | {"truncate": False}}
+    )
+    snapshot, architecture = tiny.load(folder)
+    (note,) = GGUF.plan(snapshot, architecture, tiny.target("F32")).notes
+    assert "whole pairs" in note
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,6 @@ def test_what_readers_compute_otherwise_is_refused(
     ("family", "config", "said"),
     [
         ("deepseek_v2", {"n_group": 8, "topk_method": "group_limited_greedy"}, "groups of experts"),
-        ("gpt_oss", {"rope_scaling": {"truncate": False}}, "whole pairs"),
-        ("gpt_oss", {"rope_parameters": {"truncate": False}}, "whole pairs"),
     ],
 )
 def test_what_readers_compute_a_little_otherwise_is_said(family: str, config: dict[str, Any], said: str) -> None:

@@ -13,6 +13,10 @@ from converter.containers.gguf.hyper import Hyper
 from converter.errors import SourceError, UnsupportedError
 
 FREQUENCIES = "rope_freqs.weight"
+ROUNDED = (
+    "readers of GGUF round the bounds between stretched and kept rotations to whole pairs, so positions are turned a "
+    "little otherwise than in transformers"
+)
 SAID = {"yarn_mscale": "yarn with mscale equal to mscale_all_dim"}
 
 
@@ -91,13 +95,14 @@ def rope_scaling(family: Family, config: Mapping[str, Any], hyper: Hyper, where:
 
 
 def _ramp(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """A sentence for each bound of YaRN's ramp that readers compute with only when told, whatever the file says."""
-    return tuple(
+    """What readers do otherwise with YaRN's ramp whatever the file says, a sentence each."""
+    told = tuple(
         f"readers of GGUF stretch positions with {name} {taken} in place of {settings[name]} unless they are told: "
         f"give llama.cpp --yarn-{name.replace('_', '-')} {settings[name]}"
         for name, taken in (("beta_fast", 32), ("beta_slow", 1))
         if (settings.get(name) or taken) != taken
     )
+    return told if settings.get("truncate", True) else (*told, ROUNDED)
 
 
 def _attention_factor(settings: Mapping[str, Any], factor: float) -> dict[str, float]:
