@@ -260,6 +260,10 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("qwen2_moe", {"tie_word_embeddings": True}),
     ("olmo2", {"head_dim": 64}),
     ("lfm2", {"head_dim": 64}),
+    ("cohere", {"head_dim": 64}),
+    ("cohere2", {"head_dim": 64}),
+    ("olmoe", {"head_dim": 64}),
+    ("olmoe", {"tie_word_embeddings": True}),
 ]
 
 
@@ -295,6 +299,13 @@ def test_what_readers_do_otherwise_is_said_in_the_plan(made: Callable[[str], Pat
     snapshot, architecture = tiny.load(made(name))
     notes = GGUF.plan(snapshot, architecture, tiny.target("F32")).notes
     assert sum(said in note for note in notes) == 1
+
+
+def test_a_window_that_olmo2_knows_nothing_of_is_no_window(save: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = save("olmo2")
+    expected = gguf_of(folder, tmp_path / "as-saved")
+    tiny.edit_config(folder, sliding_window=48)
+    assert gguf_of(folder, tmp_path / "stray") == expected
 
 
 @pytest.mark.parametrize("name", few(["gpt_oss", "mistral-yarn", "deepseek_v3-yarn"], ("gpt_oss",)))
