@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup convert plan test test-all check bench bench-kernels peers quantizers clean
+.PHONY: help setup convert plan test test-all chaos check bench bench-kernels peers quantizers clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -40,6 +40,9 @@ test: $(READY) ## run the tests
 test-all: $(READY) ## run the tests and the long suites
 	$(BIN)/python -m pytest -m "not ray" $(SPREAD)
 	$(BIN)/python -m pytest -m "ray"
+
+chaos: $(READY) ## inject faults into runs at random moments, ten minutes at most
+	PYTHONPATH=tests $(BIN)/python -m chaos $(ARGS)
 
 check: $(READY) ## lint, formatting and types
 	$(BIN)/ruff check .
