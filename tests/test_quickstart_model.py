@@ -213,11 +213,12 @@ def test_evaluation_and_held_out_documents_are_never_trained_on() -> None:
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
-    rates = [train.learning_rate(step, 1000) for step in range(1000)]
+    rates = [train.learning_rate(step, 1000, train.HIDDEN) for step in range(1000)]
     assert max(rates) == train.PEAK_LEARNING_RATE
     assert rates[: train.WARMUP_STEPS] == sorted(rates[: train.WARMUP_STEPS])
     assert rates[train.WARMUP_STEPS :] == sorted(rates[train.WARMUP_STEPS :], reverse=True)
     assert rates[-1] < 0.03 * train.PEAK_LEARNING_RATE
+    assert train.learning_rate(500, 1000, 4 * train.HIDDEN) == pytest.approx(rates[500] / 2)
 
 
 @pytest.mark.slow
