@@ -317,7 +317,7 @@ def _run(
         executor=executor.value,
         address=address,
         only=tuple(only or ()),
-        device=run_module.pick_device(device.value),
+        device=run_module.pick_device(device.value, address),
         skip_unsupported=skip,
     )
 

@@ -204,15 +204,15 @@ def publish(run: Run, display: Display) -> Result:
     return Result(rows=(), failures=failures, tasks_run=len(todo))
 
 
-def pick_device(name: str) -> str:
-    """The device that cpu, cuda or auto means here; auto takes a GPU when torch sees one.
+def pick_device(name: str, address: str | None = None) -> str:
+    """The device that cpu, cuda or auto means; auto takes a GPU when torch sees one here.
 
-    Raises UnsupportedError when cuda is asked for and there is none.
+    Raises UnsupportedError when cuda is asked for and there is none. A cluster at `address` is asked later.
     """
     there = torch.cuda.is_available()
-    if name == "cuda" and not there:
+    if name == "cuda" and not there and address is None:
         raise UnsupportedError("--device cuda", "torch sees no GPU here", "Use --device cpu, or install torch for CUDA")
-    return "cuda" if there and name != "cpu" else "cpu"
+    return "cuda" if name == "cuda" or (there and name == "auto") else "cpu"
 
 
 def _executor(run: Run, here: Room) -> Executor:

@@ -274,8 +274,21 @@ def room(folder: Path) -> Room:
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         memory = min(memory, int(text))
-    cpus = len(os.sched_getaffinity(0))
-    return Room(cpus=cpus, memory_bytes=memory, disk_bytes=shutil.disk_usage(_existing(folder)).free)
+    return Room(
+        cpus=_cores(Path("/sys/fs/cgroup/cpu.max")),
+        memory_bytes=memory,
+        disk_bytes=shutil.disk_usage(_existing(folder)).free,
+    )
+
+
+def _cores(limit: Path) -> int:
+    """The cores that this process may use: those it is bound to, or fewer where a container has a share in time only.
+
+    limit: the control group's "quota period" in microseconds, or "max period".
+    """
+    bound = len(os.sched_getaffinity(0))
+    quota, _, period = limit.read_text().partition(" ") if limit.is_file() else ("max", "", "")
+    return max(1, min(bound, int(quota) // int(period))) if quota.isdigit() else bound
 
 
 def unwritable(folder: Path) -> list[UnsupportedError]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,6 +118,14 @@ def test_only_progress_prints(name: str) -> None:
 def test_kernels_folder_is_no_package_of_that_name() -> None:
     """transformers imports a package named kernels, Hugging Face's; ours must never be found in its place."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_packages_that_are_installed_are_those_that_there_are() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    packages = {path.parent for path in FILES if path.name == "__init__.py"} | {ROOT / "converter" / "architectures"}
+    packages |= {ROOT / "converter" / "texts"}  # two folders of data
+    names = {path.relative_to(ROOT).as_posix().removeprefix("kernels/").replace("/", ".") for path in packages}
+    assert set(project["tool"]["setuptools"]["packages"]) == names
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))])
