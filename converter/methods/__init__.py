@@ -9,15 +9,44 @@ memory and what lets blocks go to different machines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from converter.architecture import Folding, Tap
 from converter.grids import Coded, Grid
 from converter.residual import Residual
 from converter.stats import TapStats
+
+
+class Rows(Protocol):
+    """Sequences of calibration rows in front of a block, and what the original block makes of the original's own.
+
+    tensors are all of Block.tensors, f32, as a reader of the artifact would have them.
+    """
+
+    @property
+    def count(self) -> int:
+        """How many sequences there are."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block runs, and where gradients are."""
+        ...
+
+    def errors(self, tensors: Mapping[str, Tensor], sequences: Sequence[int]) -> Tensor:
+        """The squared error f64 [N] of the block's output in each of the sequences."""
+        ...
+
+    def gradients(
+        self, tensors: Mapping[str, Tensor], sequences: Sequence[int], of: Collection[str]
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The errors, and the gradient f32 of their sum with respect to each of the tensors named in `of`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +57,7 @@ class Block:
     none and for models without a known architecture. where: the block in words, for errors. importance: of the columns
     [I] of the tensors that an imatrix file speaks of; it goes before what the statistics say. notes: by tensor, what a
     transform could not do as asked, for the comparison. residual: what of it touches the residual stream; None where no
-    family is known.
+    family is known. rows: to run the block on, for methods that ask for them.
     """
 
     where: str
@@ -39,6 +68,7 @@ class Block:
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     residual: Residual | None = None
+    rows: Rows | None = None
 
     def stats_of(self, tensor: str) -> TapStats | None:
         """The statistics of the tap that the linear with weight `tensor` reads; None when it has none."""
@@ -54,23 +84,31 @@ class Options:
 
     seed: what random choices follow from, the model's commit. sweeps is for measurements and has no word there: how
     often gptq goes over the codes again. Two took 3 % (4 bits) to 12 % (2 bits) off the KL divergence and about as long
-    as all before them; more than that changed next to nothing.
+    as all before them; more than that changed next to nothing. iterations, batch_size and learning_rate are
+    autoround's; without a rate it is 1 / iterations.
     """
 
     importance: bool = False
     smoothing_strength: float = 0.8
     damping: float = 0.01
     sweeps: int = 2
+    iterations: int = 200
+    batch_size: int = 8
+    learning_rate: float | None = None
     seed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """The statistics that a method asks the calibration pass for; drift: of a target's own chain, where it has one."""
+    """What a method asks the calibration pass for: statistics, and rows to run the block on.
+
+    drift: of a target's own chain, where it has one.
+    """
 
     sums: bool = False
     gram: bool = False
     drift: bool = False
+    rows: bool = False
 
 
 # The mapping gives the grid of each tensor in the block.
