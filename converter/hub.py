@@ -24,7 +24,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, httpx
 
 from converter.containers.gguf import source as gguf_source
-from converter.containers.gguf.header import Head, HeadIncompleteError
+from converter.containers.gguf.header import HEAD_LIMIT_BYTES, Head, HeadIncompleteError
 from converter.errors import SourceError
 from converter.folder import check_path, matches
 from converter.hub_calls import TIMEOUT, Patience, Tell, api, explained, hush, patiently, session, together
@@ -34,7 +34,6 @@ from converter.source import Header, Snapshot, header_length, is_gguf, open_fold
 
 FIRST_READ_BYTES = 100_000  # holds the whole header of nearly every shard, which saves a second request
 GGUF_FIRST_READ_BYTES = 1 << 20  # a vocabulary of 128k tokens with its merges takes about 6 MB
-GGUF_HEAD_LIMIT_BYTES = 256 << 20  # more is no head, and would be read into memory until the file ends
 CHUNK_BYTES = 1 << 20
 LISTING = ".listing.json"  # beside the files of a commit
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -254,10 +253,7 @@ def bring_head(remote: Remote, name: str, folder: Path) -> Head:
         try:
             head = gguf_source.parse_head(data, size, name)
         except HeadIncompleteError:
-            if len(data) >= GGUF_HEAD_LIMIT_BYTES:
-                what = f"the head of {name} does not end within {GGUF_HEAD_LIMIT_BYTES >> 20} MiB"
-                raise SourceError(remote.repo, what, "Choose another file: this one holds no model") from None
-            data += read_part(remote, name, len(data), min(size, 2 * len(data)))
+            data += read_part(remote, name, len(data), min(size, HEAD_LIMIT_BYTES, 2 * len(data)))
         else:
             break
     if not path.is_file():

@@ -9,7 +9,6 @@ Source: sentence-transformers 5, models/Pooling.py.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from converter.errors import SourceError
 from converter.folder import check_path
+from converter.untrusted import load_json, read_small
 
 USUAL = ("mean",)  # what sentence-transformers does with a model that says nothing
 # In the order in which several are put behind each other; keys of older files are "pooling_mode_" and the second name.
@@ -41,13 +41,13 @@ def declared_pooling(folder: Path, where: str) -> tuple[str, ...]:
     if not place.is_file():
         return ()
     try:
-        modules = json.loads(place.read_text("utf-8"))
+        modules = load_json(read_small(place, where), where)
         paths = [str(module["path"]) for module in modules if str(module["type"]).endswith("Pooling")]
         if not paths:
             return ()
         if paths[0]:  # as old models have it, pooling's settings stand in the folder itself
             check_path(paths[0], where)
-        settings = json.loads((folder / paths[0] / "config.json").read_text("utf-8"))
+        settings = load_json(read_small(folder / paths[0] / "config.json", where), where)
         modes = _modes(settings)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         what = f"modules.json and its pooling's config.json cannot be read: {error}"

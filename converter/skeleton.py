@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCaus
 
 from converter.architecture import Runs
 from converter.errors import SourceError, UnsupportedError, said
+from converter.untrusted import parse_json, read_small
 
 # Model types as first releases had them, and their keys that transformers has under other names.
 FORMER_TYPES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon", "stablelm_epoch": "stablelm"}
@@ -55,8 +55,8 @@ def skeleton(folder: Path, runs: Runs, dtype: torch.dtype, device: torch.device,
 
 def _config(folder: Path, where: str) -> Any:
     try:
-        written = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        written = parse_json(read_small(folder / "config.json", where), f"{where}: config.json")
+    except OSError as error:
         remedy = "Fetch the model's config.json again"
         raise SourceError(where, f"config.json cannot be read: {error}", remedy) from error
     written = modern(written)

@@ -13,7 +13,6 @@ Format: https://github.com/huggingface/safetensors (README, "Format"). Nothing h
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from converter.errors import SourceError, UnsupportedError
 from converter.folder import HEADER_LIMIT_BYTES, check_path, digest_folder, list_folder
+from converter.marks import quoted
 from converter.packed import (
     FORMATS,
     Packed,
@@ -39,10 +39,9 @@ from converter.packed import (
     same_grid,
 )
 from converter.tensor_file import read_range
+from converter.untrusted import SMALL_LIMIT_BYTES, check_small, parse_json
 from converter.values import DTYPES, FLOATING, check_finite, decoded
 from converter.views import View
-
-SMALL_LIMIT_BYTES = 32 << 20  # a file up to this size that is not a weight travels with the model
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHTS = (
@@ -68,6 +67,8 @@ UNPICKLE = (
     "s.save_file(t, 'model.safetensors')"
     '"`'
 )
+MOST_DIMENSIONS = 16  # no weight has more than 5
+MOST_ELEMENTS = 1 << 63
 MERGE = (
     "Merge it first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), FOLDER)"
     ".merge_and_unload().save_pretrained(OUT), and the tokenizer beside it; llama.cpp's convert_lora_to_gguf.py makes "
@@ -280,18 +281,23 @@ def survey(
 
     The same for a folder and for a hub, which reads many headers at once. Raises SourceError and UnsupportedError.
     """
-    config = parse_json(read_small("config.json"), f"{where}: config.json") if "config.json" in files else {}
+
+    def small(name: str) -> bytes:
+        check_small(name, files[name], where)
+        return read_small(name)
+
+    config = parse_json(small("config.json"), f"{where}: config.json") if "config.json" in files else {}
     check_quantization(config, where)
     index: dict[str, str] | None = None
     if INDEX in files and "model.safetensors" not in files:
-        index = parse_index(read_small(INDEX), files, where)
+        index = parse_index(small(INDEX), files, where)
         shards = sorted(set(index.values()))
     else:
-        shards = choose_shards(files, read_small, where)
+        shards = choose_shards(files, small, where)
     found: dict[str, Header] = {}
     for header in chain.from_iterable(read_headers(shards)):
         if header.name in found:
-            what = f"tensor '{header.name}' is in both {found[header.name].file} and {header.file}"
+            what = f"tensor {quoted(header.name)} is in both {found[header.name].file} and {header.file}"
             raise SourceError(where, what, "Remove the file that does not belong, or write an index")
         found[header.name] = header
     if index is not None:
@@ -336,8 +342,8 @@ def choose_shards(files: Mapping[str, int], read_small: Callable[[str], bytes], 
 def _named(data: bytes, key: str) -> str:
     """The text of a key of a JSON object that a message quotes; empty where there is none, or no JSON."""
     try:
-        value = json.loads(data).get(key)
-    except (ValueError, RecursionError, AttributeError):
+        value = parse_json(data, key).get(key)
+    except SourceError:
         return ""
     return value[:80] if isinstance(value, str) and value.isprintable() else ""
 
@@ -361,10 +367,11 @@ def check_index(index: Mapping[str, str], found: Mapping[str, Header], where: st
     """Raise SourceError unless index and shards name the same tensors in the same files."""
     for name, shard in sorted(index.items()):
         if name not in found or found[name].file != shard:
-            what = f"{INDEX} puts tensor '{name}' into {shard}, which does not hold it"
+            what = f"{INDEX} puts tensor {quoted(name)} into {shard}, which does not hold it"
             raise SourceError(where, what, "Index and shards are of different versions: fetch both again")
     if extra := sorted(set(found) - set(index)):
-        what = f"{found[extra[0]].file} holds tensor '{extra[0]}', which {INDEX} does not name ({len(extra)} in all)"
+        unnamed = quoted(extra[0])
+        what = f"{found[extra[0]].file} holds tensor {unnamed}, which {INDEX} does not name ({len(extra)} in all)"
         raise SourceError(where, what, "Index and shards are of different versions: fetch both again")
 
 
@@ -396,17 +403,21 @@ def parse_header(data: bytes, size: int, file: str, where: str) -> tuple[Header,
         try:
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
-            what = f"tensor '{name}' is declared without dtype, shape and two data_offsets"
+            what = f"tensor {quoted(name)} is declared without dtype, shape and two data_offsets"
             raise SourceError(place, what, remedy) from error
+        said = quoted(name)
         numbers = [*shape, start, end] if isinstance(shape, list) else [None]
-        if not all(type(number) is int and number >= 0 for number in numbers) or not name.isprintable() or not name:
-            raise SourceError(place, f"tensor {name!r} has a shape, an offset or a name that is none", remedy)
+        real = all(type(number) is int and 0 <= number < MOST_ELEMENTS for number in numbers)
+        if not real or not name.isprintable() or not name:
+            raise SourceError(place, f"tensor {said} has a shape, an offset or a name that is none", remedy)
+        if len(shape) > MOST_DIMENSIONS:
+            raise SourceError(place, f"tensor {said} has {len(shape)} dimensions", remedy)
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            what = f"tensor '{name}' has the unknown type {dtype!r}; known are {', '.join(DTYPES)}"
+            what = f"tensor {said} has the unknown type {quoted(str(dtype))}; known are {', '.join(DTYPES)}"
             raise SourceError(place, what, "Store the model in one of those")
         expected = math.prod(shape) * DTYPES[dtype].itemsize
         if end - start != expected:
-            what = f"tensor '{name}' ({dtype} {shape}) needs {expected} bytes, its offsets span {end - start}"
+            what = f"tensor {said} ({dtype} {shape}) needs {expected} bytes, its offsets span {end - start}"
             raise SourceError(place, what, remedy)
         headers.append(
             Header(name=name, dtype=dtype, shape=tuple(shape), file=file, start=begin + start, end=begin + end)
@@ -416,7 +427,7 @@ def parse_header(data: bytes, size: int, file: str, where: str) -> tuple[Header,
     for header in headers:
         if header.start != position:
             fault = "overlaps the one before it" if header.start < position else "leaves a gap before it"
-            raise SourceError(place, f"tensor '{header.name}' {fault}", remedy)
+            raise SourceError(place, f"tensor {quoted(header.name)} {fault}", remedy)
         position = header.end
     if position > size:
         what = f"the file is truncated: {position - size} of {position} bytes are missing"
@@ -424,26 +435,6 @@ def parse_header(data: bytes, size: int, file: str, where: str) -> tuple[Header,
     if position < size:
         raise SourceError(place, f"{size - position} bytes after the last tensor belong to none", remedy)
     return tuple(headers)
-
-
-def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object from outside; raises SourceError when it is broken, no object, or names a key twice."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = dict(pairs)
-        if len(keys) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise SourceError(where, f"the name '{twice}' appears twice", "The file is damaged: fetch it again")
-        return keys
-
-    try:
-        parsed = json.loads(data, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(where, f"broken JSON: {error}", "Mend the file, or fetch it again") from error
-    if not isinstance(parsed, dict):
-        raise SourceError(where, "the JSON is not an object", "Mend the file, or fetch it again")
-    return parsed
 
 
 def tied(config: Mapping[str, Any], tensors: Iterable[str], head: str = "lm_head.weight") -> bool:

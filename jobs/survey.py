@@ -25,7 +25,8 @@ from converter.containers.gguf.tokenizer import describe_tokenizer
 from converter.containers.tables import CONTAINERS
 from converter.errors import HubmillError, UnsupportedError
 from converter.manifest import Target
-from converter.source import Header, Snapshot, open_folder, parse_json
+from converter.source import Header, Snapshot, open_folder
+from converter.untrusted import parse_json, read_small
 from jobs.agreement import check_agreement
 
 # The first of them is quantized, so that its metadata are those of a quantized file.
@@ -260,7 +261,7 @@ def _small_problems(source: str, where: str) -> Iterator[str]:
     if not source.startswith("folder:") or not (folder / "config.json").is_file():
         return
     try:
-        config = parse_json((folder / "config.json").read_bytes(), f"{where}: config.json")
+        config = parse_json(read_small(folder / "config.json", where), f"{where}: config.json")
         find(config, where)
     except (HubmillError, OSError) as error:
         yield str(error)

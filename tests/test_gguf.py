@@ -325,7 +325,7 @@ def test_a_missing_broken_or_foreign_tokenizer_is_refused_in_the_plan(copy: Path
     path = copy / "tokenizer.json"
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2])
-    with pytest.raises(SourceError, match=r"tokenizer\.json is broken"):
+    with pytest.raises(SourceError, match=r"tokenizer\.json: broken"):
         plan(copy)
     content = json.loads(whole)
     content["model"]["vocab"]["another"] = 5000

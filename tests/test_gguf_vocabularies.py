@@ -376,5 +376,5 @@ def test_missing_broken_and_too_large_tokenizers_are_refused(tmp_path: Path) -> 
     with pytest.raises(SourceError, match="300 tokens, and the embedding 299 rows"):
         describe(tmp_path, 299)
     (tmp_path / "tokenizer.json").write_text('{"model": ')
-    with pytest.raises(SourceError, match=r"tokenizer.json is broken"):
+    with pytest.raises(SourceError, match=r"tokenizer\.json: broken"):
         describe(tmp_path, 1000)

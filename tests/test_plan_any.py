@@ -157,7 +157,7 @@ def test_all_problems_are_told_at_once(copy: Path, hubmill: Command) -> None:
         r"holds model\.extra\.weight, which has no place",
         r"hidden_act to 'gelu'",
         r"rope scaling 'longrope'",
-        r"tokenizer\.json is broken",
+        r"tokenizer\.json: broken",
     ):
         assert re.search(told, answer.errors), answer.errors
 
@@ -273,7 +273,7 @@ def test_pickled_weights_hide_no_other_problem(small: Path, tmp_path: Path, hubm
     (folder / "tokenizer.json").write_text("{")
     answer = hubmill("plan", folder)
     assert answer.code == 3
-    assert "weights are pickled" in answer.errors and "tokenizer.json is broken" in answer.errors
+    assert "weights are pickled" in answer.errors and "tokenizer.json: broken" in answer.errors
 
 
 USUAL = {name: one for name, one in tiny_models().items() if one.family in FAMILIES and one.kind == "causal"}

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from converter.errors import SourceError
 from converter.folder import check_path
-from converter.source import parse_json, travels
+from converter.source import travels
+from converter.untrusted import parse_json, read_small
 
 if TYPE_CHECKING:
     from converter.source import Snapshot
@@ -46,7 +47,7 @@ def original_config(snapshot: Snapshot) -> dict[str, Any]:
     """
     if "config.json" not in snapshot.files:
         return {}
-    config = parse_json((snapshot.folder / "config.json").read_bytes(), f"{snapshot.repo}: config.json")
+    config = parse_json(read_small(snapshot.folder / "config.json", snapshot.repo), f"{snapshot.repo}: config.json")
     return config | ({"tie_word_embeddings": False} if snapshot.untied else {})
 
 

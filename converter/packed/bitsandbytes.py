@@ -19,7 +19,6 @@ Source: bitsandbytes 0.50 (functional.py, QuantState; backends/default/ops.py).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from torch import Tensor
 from converter.errors import SourceError
 from converter.packed.fp4 import pairs_of
 from converter.packed.weight import Format, Packed, ReadBytes, mismatch
+from converter.untrusted import check_small, load_json
 
 if TYPE_CHECKING:
     from converter.source import Header
@@ -54,6 +54,8 @@ def find(
 ) -> Iterable[tuple[str, Packed]]:
     """Every 4-bit weight, by name."""
     names = [(name, end) for name in found for end in STATES if name.endswith(end)]
+    for name, _ in names:
+        check_small(name, found[name].end - found[name].start, where)
     texts = read([found[name] for name, _ in names])
     for (name, end), text in zip(names, texts, strict=True):
         weight = name.removesuffix(end)
@@ -82,7 +84,7 @@ def find(
 def state_of(text: bytes, where: str) -> State:
     """The state beside a weight. Raises SourceError when it is none."""
     try:
-        said = json.loads(text)
+        said = load_json(text, where)
         state = State(
             shape=tuple(int(length) for length in said["shape"]),
             block=int(said["blocksize"]),

@@ -14,7 +14,7 @@ from pathlib import Path
 import gguf
 
 from converter.errors import SourceError
-from converter.source import parse_json
+from converter.untrusted import parse_json, read_small
 
 FILE = "generation_config.json"
 LARGEST = 1e6  # no setting comes near it; what is beyond is a mistake
@@ -39,7 +39,7 @@ WHEN_GREEDY = ("penalty_last_n", "penalty_repeat")
 def add_sampling(metadata: gguf.Metadata, folder: Path) -> tuple[str, ...]:
     """Add what the generation config in `folder` says to `metadata`; gives what could not be used, a sentence each."""
     try:
-        said = parse_json((folder / FILE).read_bytes(), FILE)
+        said = parse_json(read_small(folder / FILE, FILE), FILE)
     except OSError:
         return ()
     except SourceError:

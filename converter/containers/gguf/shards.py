@@ -172,7 +172,12 @@ def join(heads: Mapping[str, Head], where: str) -> Bundle:
     for number, (name, head) in enumerate(heads.items()):
         said = (head.get(NUMBER) or 0, head.get(COUNT) or 1)
         if said != (number, len(heads)):
-            what = f"{name} says it is file {said[0] + 1} of {said[1]}, not {number + 1} of {len(heads)}"
+            own = (
+                f"file {said[0] + 1} of {said[1]}"
+                if all(isinstance(one, int) for one in said)
+                else "no file of a number"
+            )
+            what = f"{name} says it is {own}, not {number + 1} of {len(heads)}"
             raise SourceError(
                 where, what, "Name the first of the files, and keep the names that they were written with"
             )

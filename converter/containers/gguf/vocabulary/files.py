@@ -6,7 +6,6 @@ in their Python class; for the classes below that rest is known.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from converter.containers.gguf.vocabulary.sentencepiece import (
 from converter.containers.gguf.vocabulary.splittings import QWEN2, QWEN35
 from converter.containers.gguf.vocabulary.tokens import entries
 from converter.errors import SourceError
+from converter.untrusted import load_json, read_small
 
 SAVE_AGAIN = "Save it beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
 MEND = "Mend the file, or fetch it again"
@@ -119,16 +119,14 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
 def read_any_json(path: Path, where: str) -> Any:
     if not path.is_file():
         return {}
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SourceError(where, f"{path.name} is broken: {error}", MEND) from error
+    return load_json(read_small(path, where), f"{where}: {path.name}")
 
 
 def read_lines(path: Path, where: str) -> list[str]:
     """The lines of a text file, without their ends; only newlines end them, for tokens may be other separators."""
     try:
-        return [line.removesuffix("\r") for line in path.read_text("utf-8").removesuffix("\n").split("\n")]
+        text = read_small(path, where).decode("utf-8")
+        return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     except ValueError as error:
         raise SourceError(where, f"{path.name} is broken: {error}", MEND) from error
 
@@ -152,7 +150,8 @@ def read_templates(folder: Path, settings: Mapping[str, Any], where: str) -> dic
     for path in paths:
         if path.is_file():
             name = "default" if path.parent == folder else path.stem
-            found[name] = "\n".join(read_lines(path, where)) + ("\n" if path.read_bytes().endswith(b"\n") else "")
+            ends = read_small(path, where).endswith(b"\n")
+            found[name] = "\n".join(read_lines(path, where)) + ("\n" if ends else "")
     return found
 
 

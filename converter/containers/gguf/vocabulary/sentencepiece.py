@@ -18,6 +18,7 @@ from typing import Any
 
 from converter.containers.gguf.vocabulary.tokens import SPACE, Kind, entries, shorten
 from converter.errors import SourceError, UnsupportedError
+from converter.untrusted import read_small
 
 FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model")
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
@@ -75,7 +76,7 @@ def read_pieces(folder: Path, where: str, needed: bool) -> Pieces | None:
 
     model = sentencepiece_model_pb2.ModelProto()
     try:
-        model.ParseFromString(path.read_bytes())
+        model.ParseFromString(read_small(path, where))
         broken = not model.pieces
     except DecodeError:
         broken = True
