@@ -27,8 +27,8 @@ ALIGNMENT = 32
 MAGIC = b"GGUF"
 VERSION = 3
 MAX_DIMENSIONS = 4
-# What a head may take: a vocabulary of 256k tokens with scores, types and merges has 1.3 million values in 16 MB. Values
-# take up to 32 times their bytes once they are read, so a head that lies would take all memory before the file ends.
+# What a head may take: a vocabulary of 256k tokens with scores, types and merges has 1.3 million values in 16 MB. Once
+# read, values take up to 32 times their bytes, so a head that lies would take all memory before the file ends.
 HEAD_LIMIT_BYTES = 256 << 20
 MOST_VALUES = 8 << 20
 MOST_TENSORS = 1 << 17
