@@ -82,6 +82,14 @@ def table_frame(rows: int, width: int) -> Frame:
     return dataclasses.replace(even, zero_OG=torch.zeros_like(even.zero_OG), low=0, high=7, table=TABLE)
 
 
+def own_frame(rows: int, width: int) -> Frame:
+    """Each group with eight levels of its own, the last two of which are one."""
+    even = even_frame(rows, width)
+    steps = torch.rand(*even.scale_OG.shape, 8, generator=torch.Generator().manual_seed(width)) * (torch.arange(8) < 7)
+    levels_OGL = (steps * 8).round().cumsum(2) / 8 - 2
+    return dataclasses.replace(even, zero_OG=torch.zeros_like(even.zero_OG), low=0, high=7, levels_OGL=levels_OGL)
+
+
 def point_frame(rows: int, width: int, dimensions: int = 8, signs: str = "free") -> PointFrame:
     """Forty points: all combinations of a few levels would be no lattice, and these leave holes."""
     random = torch.Generator().manual_seed(dimensions)
@@ -99,7 +107,7 @@ def point_frame(rows: int, width: int, dimensions: int = 8, signs: str = "free")
 
 
 def all_frames(rows: int, width: int) -> list[Frames]:
-    found: list[Frames] = [even_frame(rows, width), table_frame(rows, width)]
+    found: list[Frames] = [even_frame(rows, width), table_frame(rows, width), own_frame(rows, width)]
     return found + [point_frame(rows, width, *lattice) for lattice in LATTICES] * (width % 8 == 0)
 
 
@@ -266,6 +274,8 @@ def test_stacked_frames_give_the_codes_of_each_alone() -> None:
             fields = {"scale_OG": frame.scale_OG[rows], "zero_OG": frame.zero_OG[rows]}
             if isinstance(frame, Frame):
                 fields["offset_OG"] = frame.offset_OG[rows]
+                if frame.levels_OGL is not None:
+                    fields["levels_OGL"] = frame.levels_OGL[rows]
             part = dataclasses.replace(frame, **fields)  # type: ignore[arg-type]
             halves.append((part, dataclasses.replace(given, frame=part, weight=given.weight[rows]).solve()[0]))
         assert torch.equal(torch.cat([codes for _, codes in halves]), whole)

@@ -54,7 +54,8 @@ def solve(
     factor [I, I] f32 is upper triangular with factor^T factor = the inverse of the Hessian in that order. Where a scale
     is 0 the code means the offset. A row's error is (w - w') H (w - w')^T, with w' what its codes mean.
     Rows do not depend on each other, so results do not depend on `threads`; the product behind a block runs on torch's
-    own threads. A weight on a GPU is solved there, and so are its results; points of lattices on the CPU all the same.
+    own threads. A weight on a GPU is solved there, and so are its results; points of lattices and levels of groups are
+    on the CPU all the same.
     Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1; for several columns as one Tseng et al. 2024, QuIP#,
     arXiv:2402.04396.
     """
@@ -143,10 +144,10 @@ def _move(state: Descent, chosen: Backend, threads: int) -> Move:
 
 
 def _chosen(weight: Tensor, frame: AnyFrame, backend: Backend | None) -> Backend:
-    """The backend asked for, or that of the weight's device; lattices have none on a GPU."""
+    """The backend asked for, or that of the weight's device; lattices and levels of groups have none on a GPU."""
     if backend is not None:
         return backend
-    return "triton" if weight.is_cuda and isinstance(frame, Frame) else "cpu"
+    return "triton" if weight.is_cuda and isinstance(frame, Frame) and frame.levels_OGL is None else "cpu"
 
 
 def _solve_on_gpu(weight: Tensor, factor: Tensor, frame: AnyFrame, order_I: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,6 +163,7 @@ def _solve_on_gpu(weight: Tensor, factor: Tensor, frame: AnyFrame, order_I: Tens
 
 
 def _grid(frame: Frame, order_I: Tensor) -> reference.Grid:
+    levels_OGL = torch.tensor([[frame.table]]) if frame.levels_OGL is None else frame.levels_OGL
     return reference.Grid(
         scale_OG=_floats(frame.scale_OG),
         zero_OG=_floats(frame.zero_OG),
@@ -169,7 +171,7 @@ def _grid(frame: Frame, order_I: Tensor) -> reference.Grid:
         group_I=_groups(order_I, frame.group_size),
         low=frame.low,
         high=frame.high,
-        table=np.array(frame.table, np.float32),
+        levels_OGL=_floats(levels_OGL),
     )
 
 

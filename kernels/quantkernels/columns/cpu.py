@@ -5,7 +5,7 @@ most 128 columns gets its very bits. Beyond a block the corrections of its 128 c
 before they are subtracted, which rounds differently: codes may then differ where a value lies within about 1e-6 steps
 of a tie.
 
-# O out, I in, G groups of a row, C columns of the block, R rows of a tile, L levels of a table.
+# O out, I in, G groups of a row, C columns of the block, R rows of a tile, L levels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quantkernels.rows import over_rows
 
 LANES = 32
 ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to nearest even, up to 2**22
-ZERO, INFINITE = np.float32(0), np.float32(np.inf)
+ZERO, HALF, INFINITE = np.float32(0), np.float32(0.5), np.float32(np.inf)
 
 
 def solve(
@@ -38,7 +38,6 @@ def solve(
     """Fills codes_OI and error_O; left_OI, the weights still to be rounded, is corrected in place."""
     rows, columns = left_OI.shape
     left, factor = torch.from_numpy(left_OI), torch.from_numpy(factor_II)
-    middles_L = _middles(grid)
     for first in range(0, columns, block):
         inside = slice(first, min(first + block, columns))
         factor_CC = np.ascontiguousarray(factor_II[inside, inside])
@@ -56,8 +55,7 @@ def solve(
                 grid.group_I,
                 np.float32(grid.low),
                 np.float32(grid.high),
-                grid.table,
-                middles_L,
+                _of_rows(grid.levels_OGL, some),
                 codes_OI[some],
                 push_OC[some],  # noqa: B023
                 error_O[some],
@@ -84,7 +82,6 @@ def refine(
     """
     inside = slice(first, first + slope_OC.shape[1])
     hessian_CC = np.ascontiguousarray(hessian_II[inside, inside])
-    middles_L = _middles(grid)
 
     def piece(top: int, bottom: int) -> None:
         some = slice(top, bottom)
@@ -98,8 +95,7 @@ def refine(
             grid.group_I,
             np.float32(grid.low),
             np.float32(grid.high),
-            grid.table,
-            middles_L,
+            _of_rows(grid.levels_OGL, some),
             codes_OI[some],
             slope_OC[some],
             off_OI[some],
@@ -108,20 +104,27 @@ def refine(
     over_rows(len(value_OI), threads, piece)
 
 
-def _middles(grid: Grid) -> Floats:
-    """Where the nearest level of a table changes; empty without a table."""
-    return (grid.table[1:] + grid.table[:-1]) / np.float32(2)
+def _of_rows(levels_OGL: Floats, rows: slice) -> Floats:
+    """The levels of these rows; all share the one table that there may be."""
+    return levels_OGL if len(levels_OGL) == 1 else levels_OGL[rows]
 
 
 @compiled
-def to_levels(
-    steps_R: Floats, zero_R: Floats, low: Any, high: Any, table_L: Floats, middles_L: Floats, level_R: Floats
-) -> None:
+def load_levels(levels_OGL: Floats, top: int, used: int, group: int, levels_LR: Floats) -> None:
+    """Fills levels_LR with the levels of `group` in the tile of rows that begins at `top`."""
+    many, grouped = levels_OGL.shape[0] > 1, levels_OGL.shape[1] > 1
+    for r in range(used):
+        for k in range(levels_OGL.shape[2]):
+            levels_LR[k, r] = levels_OGL[top + r if many else 0, group if grouped else 0, k]
+
+
+@compiled
+def to_levels(steps_R: Floats, zero_R: Floats, low: Any, high: Any, levels_LR: Floats, level_R: Floats) -> None:
     """Replaces steps_R, wanted values less the offset in units of the scale, by the nearest that a code can mean.
 
     level_R is scratch.
     """
-    if len(table_L) == 0:
+    if len(levels_LR) == 0:
         for r in range(LANES):
             steps = steps_R[r]
             lowest, highest = low - zero_R[r], high - zero_R[r]
@@ -131,24 +134,24 @@ def to_levels(
         return
     for r in range(LANES):
         steps_R[r] += zero_R[r]
-        level_R[r] = table_L[0]
-    for k in range(len(middles_L)):
-        middle, above = middles_L[k], table_L[k + 1]
+        level_R[r] = levels_LR[0, r]
+    for k in range(len(levels_LR) - 1):
         for r in range(LANES):
-            level_R[r] = above if steps_R[r] > middle else level_R[r]
+            below, above = levels_LR[k, r], levels_LR[k + 1, r]
+            level_R[r] = above if steps_R[r] > (below + above) * HALF else level_R[r]
     for r in range(LANES):
         steps_R[r] = level_R[r] - zero_R[r]
 
 
 @compiled
-def code_of(steps: Any, zero: Any, table_L: Floats) -> Any:
-    """The code of a level as to_levels gives it."""
-    if len(table_L) == 0:
+def code_of(steps: Any, zero: Any, levels_LR: Floats, r: int) -> Any:
+    """The code of a level as to_levels gives it, in row r of the tile; the first of equal levels."""
+    if len(levels_LR) == 0:
         return np.int8(steps + zero)
     level = steps + zero
     code = 0
-    for k in range(1, len(table_L)):
-        code += table_L[k] <= level
+    for k in range(len(levels_LR) - 1):
+        code += (levels_LR[k, r] + levels_LR[k + 1, r]) * HALF < level
     return np.int8(code)
 
 
@@ -163,8 +166,7 @@ def solve_block(
     group_I: NDArray[np.int64],
     low: Any,
     high: Any,
-    table_L: Floats,
-    middles_L: Floats,
+    levels_OGL: Floats,
     codes_OI: Codes,
     push_OC: Floats,
     error_O: NDArray[np.float64],
@@ -177,20 +179,24 @@ def solve_block(
     tile_CR = np.zeros((columns, LANES), np.float32)
     scale_R, zero_R, offset_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     push_R, steps_R, level_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    levels_LR = np.zeros((levels_OGL.shape[2], LANES), np.float32)
     for top in range(0, rows, LANES):
-        used = min(LANES, rows - top)
+        used, loaded = min(LANES, rows - top), -1
         for r in range(used):
             for i in range(columns):
                 tile_CR[i, r] = left_OI[top + r, first + i]
         for i in range(columns):
             group = group_I[first + i]
+            if group != loaded:
+                load_levels(levels_OGL, top, used, group, levels_LR)
+                loaded = group
             for r in range(used):
                 scale_R[r] = scale_OG[top + r, group]
                 zero_R[r] = zero_OG[top + r, group]
                 offset_R[r] = offset_OG[top + r, group]
             for r in range(LANES):
                 steps_R[r] = (tile_CR[i, r] - offset_R[r]) / (scale_R[r] if scale_R[r] != ZERO else INFINITE)
-            to_levels(steps_R, zero_R, low, high, table_L, middles_L, level_R)
+            to_levels(steps_R, zero_R, low, high, levels_LR, level_R)
             diagonal = factor_CC[i, i]
             for r in range(LANES):
                 push_R[r] = (tile_CR[i, r] - (steps_R[r] * scale_R[r] + offset_R[r])) / diagonal
@@ -199,7 +205,7 @@ def solve_block(
                 for r in range(LANES):
                     tile_CR[j, r] -= push_R[r] * share
             for r in range(used):
-                codes_OI[top + r, first + i] = code_of(steps_R[r], zero_R[r], table_L)
+                codes_OI[top + r, first + i] = code_of(steps_R[r], zero_R[r], levels_LR, r)
                 push_OC[top + r, i] = push_R[r]
                 error_O[top + r] += np.float64(push_R[r]) * np.float64(push_R[r])
 
@@ -215,8 +221,7 @@ def refine_block(
     group_I: NDArray[np.int64],
     low: Any,
     high: Any,
-    table_L: Floats,
-    middles_L: Floats,
+    levels_OGL: Floats,
     codes_OI: Codes,
     slope_OC: Floats,
     off_OI: Floats,
@@ -230,13 +235,17 @@ def refine_block(
     scale_R, zero_R, offset_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     best_R, steps_R, change_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     value_R, level_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    levels_LR = np.zeros((levels_OGL.shape[2], LANES), np.float32)
     for top in range(0, rows, LANES):
-        used = min(LANES, rows - top)
+        used, loaded = min(LANES, rows - top), -1
         for r in range(used):
             for i in range(columns):
                 slope_CR[i, r] = slope_OC[top + r, i]
         for i in range(columns):
             group = group_I[first + i]
+            if group != loaded:
+                load_levels(levels_OGL, top, used, group, levels_LR)
+                loaded = group
             for r in range(used):
                 scale_R[r] = scale_OG[top + r, group]
                 zero_R[r] = zero_OG[top + r, group]
@@ -246,7 +255,7 @@ def refine_block(
             for r in range(LANES):
                 best_R[r] = value_R[r] - slope_CR[i, r] / diagonal
                 steps_R[r] = (best_R[r] - offset_R[r]) / (scale_R[r] if scale_R[r] != ZERO else INFINITE)
-            to_levels(steps_R, zero_R, low, high, table_L, middles_L, level_R)
+            to_levels(steps_R, zero_R, low, high, levels_LR, level_R)
             for r in range(LANES):
                 value = steps_R[r] * scale_R[r] + offset_R[r]
                 better = abs(value - best_R[r]) < abs(value_R[r] - best_R[r]) * WORTH
@@ -257,7 +266,7 @@ def refine_block(
                 if change_R[r] != ZERO:
                     off_OI[top + r, first + i] += change_R[r]
                     value_OI[top + r, first + i] = value_R[r]
-                    codes_OI[top + r, first + i] = code_of(steps_R[r], zero_R[r], table_L)
+                    codes_OI[top + r, first + i] = code_of(steps_R[r], zero_R[r], levels_LR, r)
                     moved += 1
             if moved == 0:
                 continue

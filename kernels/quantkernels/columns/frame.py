@@ -5,7 +5,7 @@ for each group of columns. Where eight weights share a code, it names a point of
 against fixed scales work on frames and know no format. The alternative, a solver per format, is what other tools have,
 and why none has one for GGUF.
 
-# O out, I in, G groups of a row, B blocks of eight columns, P points, D dimensions of a point, 8 / D points in a code.
+# O out, I in, G groups of a row, L levels, B blocks of eight columns, P points, D dimensions of each, 8 / D in a code.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class Frame:
 
     Both are computed in f32, each operation rounded, which is what the readers of every grid here do. scale_OG, zero_OG
     and offset_OG f32; group_size contiguous columns share one of each, and a row's last group may be short. low and
-    high bound the codes; a table rises strictly and has a value for each code from 0 to high. Group size, bounds and
-    table are the frame's kind. scales and offsets say which other ones could be stored; None: they stay as they are.
+    high bound the codes; a table rises strictly and has a value for each code from 0 to high. levels_OGL f32, rising or
+    level, are such tables of each group's own. Group size, bounds, table and what could be stored are the frame's kind.
+    scales and offsets say which other ones could be stored; None: they stay as they are.
     """
 
     scale_OG: Tensor
@@ -70,17 +71,20 @@ class Frame:
     low: int
     high: int
     table: tuple[float, ...] = ()
+    levels_OGL: Tensor | None = None
     scales: Ladder | None = None
     offsets: Ladder | None = None
 
     def __post_init__(self) -> None:
         assert self.scale_OG.shape == self.zero_OG.shape == self.offset_OG.shape
+        assert self.levels_OGL is None or not (self.table or self.scales or self.offsets)
         assert not self.table or (self.low == 0 and len(self.table) == self.high + 1)
 
     @property
     def kind(self) -> tuple[object, ...]:
         """Equal for frames whose rows can be solved as one matrix."""
-        return self.group_size, self.low, self.high, self.table, self.scales and self.scales.dtype
+        ladders = [ladder and (ladder.dtype, ladder.rungs) for ladder in (self.scales, self.offsets)]
+        return self.group_size, self.low, self.high, self.table, self.levels_OGL is not None, *ladders
 
     @property
     def together(self) -> int:
@@ -98,8 +102,15 @@ class Frame:
 
     def steps(self, codes_OI: Tensor) -> Tensor:
         """What codes [O, I] i8 mean in units of the scale, f32, without the offset."""
-        steps_OI = torch.tensor(self.table, device=codes_OI.device)[codes_OI.long()] if self.table else codes_OI.float()
-        return steps_OI - self.zero_OG[:, torch.arange(codes_OI.shape[1]) // self.group_size]
+        group_I = torch.arange(codes_OI.shape[1], device=codes_OI.device) // self.group_size
+        if self.levels_OGL is not None:
+            row_O1 = torch.arange(len(codes_OI), device=codes_OI.device)[:, None]
+            steps_OI = self.levels_OGL[row_O1, group_I, codes_OI.long()]
+        elif self.table:
+            steps_OI = torch.tensor(self.table, device=codes_OI.device)[codes_OI.long()]
+        else:
+            steps_OI = codes_OI.float()
+        return steps_OI - self.zero_OG[:, group_I]
 
     def decode(self, codes_OI: Tensor) -> Tensor:
         """The weight [O, I] f32 that a reader makes of codes [O, I] i8."""
@@ -210,4 +221,13 @@ def _with_rows(frames: Sequence[AnyFrame], join: Callable[[list[Tensor]], Tensor
     scalar = [frame for frame in frames if isinstance(frame, Frame)]
     offset_OG = join([frame.offset_OG for frame in scalar])
     offsets = ladder([frame.offsets for frame in scalar])
-    return replace(first, scale_OG=scale_OG, zero_OG=zero_OG, offset_OG=offset_OG, scales=scales, offsets=offsets)
+    own = [frame.levels_OGL for frame in scalar if frame.levels_OGL is not None]
+    return replace(
+        first,
+        scale_OG=scale_OG,
+        zero_OG=zero_OG,
+        offset_OG=offset_OG,
+        levels_OGL=join(own) if own else None,
+        scales=scales,
+        offsets=offsets,
+    )

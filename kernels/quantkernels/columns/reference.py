@@ -1,6 +1,6 @@
 """The truth for choosing codes column by column: the papers' algorithms without blocks.
 
-# O out, I in, G groups of a row.
+# O out, I in, G groups of a row, L levels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ WORTH = np.float32(1 - 1e-4)
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A frame as arrays: see Frame. group_I is the group of each column in the order of solving; table may be empty."""
+    """A frame as arrays: see Frame. group_I is the group of each column in the order of solving.
+
+    levels_OGL: [1, 1, L] where all share a table, [1, 1, 0] where codes are integers.
+    """
 
     scale_OG: Floats
     zero_OG: Floats
@@ -27,7 +30,7 @@ class Grid:
     group_I: NDArray[np.int64]
     low: int
     high: int
-    table: Floats
+    levels_OGL: Floats
 
 
 def solve(left_OI: Floats, factor_II: Floats, grid: Grid, codes_OI: Codes, error_O: NDArray[np.float64]) -> None:
@@ -64,10 +67,14 @@ def nearest(wanted_O: Floats, grid: Grid, i: int) -> tuple[Codes, Floats]:
     group = grid.group_I[i]
     scale_O, zero_O, offset_O = grid.scale_OG[:, group], grid.zero_OG[:, group], grid.offset_OG[:, group]
     steps_O = (wanted_O - offset_O) / np.where(scale_O == 0, np.float32(np.inf), scale_O)
-    if len(grid.table):
-        middles = (grid.table[1:] + grid.table[:-1]) / 2
-        code_O = (steps_O[:, None] + zero_O[:, None] > middles).sum(1)
-        levels_O: Floats = grid.table[code_O] - zero_O
+    if grid.levels_OGL.shape[2]:
+        own_OL = grid.levels_OGL[:, group if grid.levels_OGL.shape[1] > 1 else 0]
+        middles_OL = (own_OL[:, 1:] + own_OL[:, :-1]) / 2
+        last_O = (steps_O[:, None] + zero_O[:, None] > middles_OL).sum(1)
+        own_OL = np.broadcast_to(own_OL, (len(last_O), own_OL.shape[1]))
+        level_O1 = np.take_along_axis(own_OL, last_O[:, None], 1)
+        code_O = (level_O1 > middles_OL).sum(1)  # the first of equal levels
+        levels_O: Floats = level_O1[:, 0] - zero_O
         return code_O.astype(np.int8), levels_O * scale_O + offset_O
     whole_O: Floats = np.rint(np.clip(steps_O, grid.low - zero_O, grid.high - zero_O))
     return (whole_O + zero_O).astype(np.int8), whole_O * scale_O + offset_O
