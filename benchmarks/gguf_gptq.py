@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -101,7 +102,7 @@ def prepare(source: Path, sequences: int, folder: Path) -> Model:
         architecture=architecture,
         names=tuple(snapshot.tensors),
         read=lambda name: snapshot.read(name).float(),
-        hidden_folder=folder,
+        hidden_at=partial(evaluation.hidden_file, folder),
     )
     hidden = decoder.embed(calibrating, {name: original.read(name) for name in decoder.input_names})
     stats: list[Mapping[str, TapStats]] = []

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ class Judge:
             architecture=architecture,
             names=tuple(snapshot.tensors),
             read=lambda name: snapshot.read(name).float(),
-            hidden_folder=self._folder,
+            hidden_at=partial(evaluation.hidden_file, self._folder),
         )
         self._decoder = Decoder(snapshot.folder, architecture, "benchmark", workers=threads, stored=snapshot.tensors)
         self._rows = text_rows(loaded.evaluation, snapshot.folder, "benchmark", folder)

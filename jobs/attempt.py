@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from converter import tensor_file
 from converter.blocks import Decoder
 from converter.compare import evaluation
+from converter.compare.evaluation import hidden_file
 from converter.hub_calls import Tell
 from converter.manifest import Calibration, Evaluation
 from converter.methods.tables import folds, turns
@@ -82,9 +83,9 @@ def hidden_before(
     It lies behind the block before where that one was run. Where its statistics were kept from another run it was not:
     then the rows go through all blocks again.
     """
-    behind = attempt.store.output(attempt.work.beside or attempt.work.calibrated) / "hidden.safetensors"
-    if block and behind.is_file():
-        return tensor_file.load(behind)["hidden"]
+    before = attempt.work.beside or attempt.work.calibrated
+    if block and (attempt.store.output(before) / "hidden.safetensors").is_file():
+        return tensor_file.load(attempt.store.file(before, "hidden.safetensors"))["hidden"]
     rows = rows_of(attempt, model, attempt.work.texts.calibration)
     hidden = decoder.embed(rows, {name: original.read(name) for name in decoder.input_names})
     for earlier in range(block):
@@ -103,6 +104,6 @@ def original_of(attempt: Attempt, model: Model) -> evaluation.Original:
         copies=model.snapshot.copies,
         names=tuple(model.snapshot.tensors),
         read=partial(read, model),
-        hidden_folder=attempt.store.output(key) if key else None,
+        hidden_at=cache(lambda block: attempt.store.file(key, hidden_file(Path(), block).name)) if key else None,
         pooling=declared_pooling(model.snapshot.folder, model.name) if model.encodes else (),
     )

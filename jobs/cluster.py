@@ -1,8 +1,10 @@
 """Tasks on Ray: an embedded cluster of this machine's cores, or one that runs already.
 
 Ray moves names, never tensors: a task and the store's path go out, an outcome comes back, files stay where they are. On
-a cluster of several machines the output folder must be one that all of them share. An application error is part of the
-outcome, so Ray's own retries are left for what they are good at: a worker or a node that died.
+a cluster of several machines the output folder must be one that all of them share, which is tried before any work. An
+error of the step is part of the outcome. Retries are counted here and not by Ray, which would try a task again for ever
+that its memory monitor ended, and with the same memory: here a lost worker's task is started again, and one that ran
+out of memory with twice as much, until no node has more.
 """
 
 from __future__ import annotations
@@ -11,9 +13,13 @@ import contextlib
 import fcntl
 import os
 import shutil
+import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +28,31 @@ import ray
 from converter.errors import UnsupportedError
 from converter.hub_calls import Tell
 from converter.progress import bytes_text
-from jobs.steps import Outcome, run
-from jobs.store import Store
+from jobs.outcome import Outcome
+from jobs.steps import run
+from jobs.store import Store, try_folder
 from jobs.task import Task
 
 OBJECT_STORE_BYTES = 100_000_000  # outcomes are a few hundred bytes
-RETRIES = 3
+RETRIES = 3  # of a task whose worker was lost
+GROWTH = 2  # how much more memory a task gets that ran out of it
 STARTS = 3
+PROBE_SECONDS = 60.0  # for every node to look into the output folder: it may have to start a worker first
+GLANCE_SECONDS = 2.0  # between two looks at the head
+HEAD_SECONDS = 20.0  # without an answer of the head; after 60 Ray itself ends the process, and says nothing to us
 PREFIX = "hubmill-ray-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A task that was submitted: with how much memory, and how often it was before."""
+
+    task: Task
+    store: Store
+    tell: Tell
+    memory_bytes: int
+    losses: int = 0
+    growths: int = 0
 
 
 class RayExecutor:
@@ -47,8 +70,15 @@ class RayExecutor:
         else:
             _connect(address)
         self._remote = ray.remote(run)
-        self._running: dict[Any, Task] = {}
-        self._nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self._running: dict[Any, Running] = {}
+        self._address = address or ""
+        self._head: tuple[str, int] | None = None
+        if address:
+            host, _, port = str(ray.get_runtime_context().gcs_address).rpartition(":")
+            self._head = host.strip("[]"), int(port)
+        self._answered = self._asked = time.monotonic()
+        self._nodes = [node for node in ray.nodes() if node["Alive"]]
+        self._has: list[Mapping[str, float]] = [node["Resources"] for node in self._nodes]
         self._cpus = int(ray.cluster_resources().get("CPU", 1))
 
     @property
@@ -56,51 +86,142 @@ class RayExecutor:
         """As many tasks as there are cores, and one more that is ready when a core comes free."""
         return self._cpus + 1
 
-    def check(self, tasks: Sequence[Task]) -> None:
-        """Refuse what no node can hold: Ray would wait for such a node for ever, and in silence."""
+    @property
+    def _most_bytes(self) -> int:
+        """The memory of the largest node."""
+        return int(max((has.get("memory", 0) for has in self._has), default=0))
+
+    def check(self, tasks: Sequence[Task], store: Store) -> None:
+        """Refuse what no node can hold: Ray would wait for such a node for ever, and in silence.
+
+        Refuse nodes, too, that do not see the output folder.
+        """
         for task in tasks:
             memory, gpus = task.resources.memory_bytes, task.resources.gpus
-            if not any(node.get("memory", 0) >= memory and node.get("GPU", 0) >= gpus for node in self._nodes):
-                most = bytes_text(max((node.get("memory", 0) for node in self._nodes), default=0))
+            if not any(has.get("memory", 0) >= memory and has.get("GPU", 0) >= gpus for has in self._has):
+                most = bytes_text(self._most_bytes)
                 wanted = f"{bytes_text(memory)} of memory" + (f" and {gpus} GPU" if gpus else "")
                 what = f"{task.title} needs {wanted}, and no node has that (the most memory is {most})"
                 remedy = "Add a larger node, or take fewer or shorter calibration and evaluation rows"
                 raise UnsupportedError("Ray", what, remedy)
+        if self._head:
+            self._check_shared(store)
+
+    def _check_shared(self, store: Store) -> None:
+        """The driver writes a file, and every node that tasks run on reads it, and writes beside it."""
+        probe = store.work / f"shared.{uuid.uuid4().hex}"
+        probe.write_text(probe.name, "utf-8")
+        look = ray.remote(num_cpus=0, max_retries=0)(try_folder)
+        near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        working = [node for node in self._nodes if node["Resources"].get("CPU", 0)]
+        asked = {
+            look.options(scheduling_strategy=near(node["NodeID"], soft=False)).remote(probe): node for node in working
+        }
+        try:
+            answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_SECONDS)
+            lacks = {reference: self._said(reference) for reference in answered}
+        finally:
+            probe.unlink()
+        lacks |= dict.fromkeys(silent, f"it did not look within {PROBE_SECONDS:.0f} s")
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # one that died just now hinders nobody
+        problems = [
+            f"node {asked[one]['NodeManagerHostname']}: {why}"
+            for one, why in lacks.items()
+            if why and asked[one]["NodeID"] in alive
+        ]
+        if problems:
+            remedy = f"Mount {store.run} at the same place on every machine of the cluster, or take those out"
+            raise UnsupportedError(f"Ray at {self._address}", "; ".join(problems), remedy)
+
+    def _said(self, reference: Any) -> str:
+        try:
+            return str(ray.get(reference))
+        except ray.exceptions.RayError as error:
+            return str(error).strip().splitlines()[-1]
 
     def submit(self, task: Task, store: Store, tell: Tell) -> None:
-        needs = task.resources
-        widest = max((int(node.get("CPU", 0)) for node in self._nodes), default=1)
-        cpus = max(1, min(needs.cpus, widest))
+        self._start(Running(task=task, store=store, tell=tell, memory_bytes=task.resources.memory_bytes))
+
+    def _start(self, one: Running) -> None:
+        widest = max((int(has.get("CPU", 0)) for has in self._has), default=1)
+        cpus = max(1, min(one.task.resources.cpus, widest))
+        options: dict[str, Any] = {}
+        if one.growths:  # a process of its own: one that ran out of memory may hold on to what it has
+            options["runtime_env"] = {"env_vars": _worker_environment() | {"HUBMILL_ATTEMPT": str(one.growths)}}
         call = self._remote.options(
             num_cpus=cpus,
-            num_gpus=needs.gpus,
-            memory=needs.memory_bytes,
-            max_retries=RETRIES,
-            name=task.title,
+            num_gpus=one.task.resources.gpus,
+            memory=one.memory_bytes,
+            max_retries=0,
+            name=one.task.title,
+            **options,
         )
-        self._running[call.remote(task, store, cpus)] = task
+        self._running[call.remote(one.task, one.store, cpus)] = one
 
     def wait(self, seconds: float) -> Sequence[Outcome]:
         if not self._running:
             return []
         ended, _ = ray.wait(list(self._running), num_returns=1, timeout=seconds)
-        return [self._outcome(reference) for reference in ended]
+        if not ended:
+            self._check_head()
+        return [outcome for reference in ended if (outcome := self._outcome(reference))]
 
-    def _outcome(self, reference: Any) -> Outcome:
-        task = self._running.pop(reference)
+    def _check_head(self) -> None:
+        """Raise UnsupportedError when the cluster's head does not answer for a while: nothing would end any more."""
+        now = time.monotonic()
+        if self._head is None or now - self._asked < GLANCE_SECONDS:
+            return
+        self._asked = now
+        try:
+            socket.create_connection(self._head, GLANCE_SECONDS).close()
+            self._answered = now
+        except OSError as error:
+            if now - self._answered > HEAD_SECONDS:
+                self._head, self._running = None, {}
+                what = f"its head does not answer any more: {error}"
+                remedy = "Start the cluster again, then run the same command: what is finished is kept"
+                raise UnsupportedError(f"Ray at {self._address}", what, remedy) from error
+
+    def _outcome(self, reference: Any) -> Outcome | None:
+        """How a task ended; None when it was started again."""
+        one = self._running.pop(reference)
+        task = one.task
         try:
             outcome: Outcome = ray.get(reference)
+            if outcome.out_of_memory and self._grow(one, "it"):
+                return None
         except ray.exceptions.RayTaskError as error:  # not from the step, whose errors are outcomes: it did not start
             reason = str(error).strip().splitlines()[-1]
             what = f"{task.title}: the worker could not run it: {reason}. Install the same hubmill on every machine."
             return Outcome(key=task.key, seconds=0.0, peak_bytes=0, error=what)
+        except ray.exceptions.OutOfMemoryError:
+            if self._grow(one, "its node"):
+                return None
+            what = (
+                f"{task.title}: its node ran out of memory, also with {bytes_text(one.memory_bytes)} kept for it, and "
+                "no node has more. Add a larger one, see what else takes memory there, or take fewer or shorter rows."
+            )
+            return Outcome(key=task.key, seconds=0.0, peak_bytes=0, error=what)
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
+            if one.losses < RETRIES:
+                one.tell(f"its worker was lost ({reason}): started again")
+                self._start(replace(one, losses=one.losses + 1))
+                return None
             what = f"{task.title}: its worker was lost {RETRIES + 1} times: {reason}"
             return Outcome(
                 key=task.key, seconds=0.0, peak_bytes=0, error=f"{what}. Look at memory and disk, then run again."
             )
         return outcome
+
+    def _grow(self, one: Running, who: str) -> bool:
+        """Start a task again with more memory; False when no node has more."""
+        if one.memory_bytes >= self._most_bytes:
+            return False
+        more = min(GROWTH * max(1, one.memory_bytes), self._most_bytes)
+        one.tell(f"{who} ran out of memory: started again with {bytes_text(more)} kept for it")
+        self._start(replace(one, memory_bytes=more, growths=one.growths + 1))
+        return True
 
     def close(self) -> None:
         # Ray ends the tasks of a driver that leaves. Cancelling them by force first made its task manager abort the

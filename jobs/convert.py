@@ -7,9 +7,8 @@ failed, so a night that half worked is half done and says which half.
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +23,11 @@ from converter.manifest import Job, Manifest
 from converter.progress import Display, Event
 from converter.source import Snapshot
 from jobs import keep
-from jobs.drive import Executor, InProcess, Progress, drive, say
+from jobs.drive import Executor, InProcess, Progress, Show, drive, say
+from jobs.lease import held
 from jobs.prepare import Prepared, Room, keep_problems, prepare, room, shortages, unreachable, unwritable
 from jobs.steps import open_hub
-from jobs.store import Store, file_sha256, write_json, write_text
+from jobs.store import DamagedError, Store, file_sha256, write_json, write_text
 from jobs.task import Graph, Task
 from jobs.work import Work
 
@@ -155,8 +155,8 @@ def convert(run: Run, display: Display) -> Result:
         hint = ("Nothing was started. --skip-unsupported leaves out what cannot be done and does the rest.",)
         raise Refused((*ready.reasons, *(hint if others else ())))
     store, prepared, graph = run.store, ready.prepared, ready.prepared.plan.graph
-    with only_run(store):
-        say(store, display.show, replace(planning, state="done", fraction=1.0))
+    with only_run(store, display.show) as show:
+        say(store, show, replace(planning, state="done", fraction=1.0))
         facts = {job.subject: {"files": dict(job.artifact.files)} for job in prepared.plan.jobs}
         write_text(store.run / "manifest.lock.yaml", lock_text(prepared.manifest, prepared.commits, facts))
         write_text(store.owner, str(run.manifest.path.absolute()))
@@ -169,8 +169,8 @@ def convert(run: Run, display: Display) -> Result:
                 store.forget(key)  # what is there under this key is damaged: a finished, whole one is not needed
             executor = _executor(run, ready.room)
             try:
-                executor.check([graph.tasks[key] for key in ready.needed])
-                state = drive(graph, ready.needed, ready.done, executor, store, display.show)
+                executor.check([graph.tasks[key] for key in ready.needed], store)
+                state = drive(graph, ready.needed, ready.done, executor, store, show)
             finally:
                 executor.close()
         if not run.only and not prepared.problems and not state.failed:
@@ -198,8 +198,8 @@ def publish(run: Run, display: Display) -> Result:
     places = [work.place for work in works if isinstance(work, Work) and work.place]
     if problems := open_hub(places[0]).problems(places):
         raise Refused([str(problem) for problem in problems])
-    with only_run(store):
-        state = drive(graph, todo, ready.done - set(todo), InProcess(ready.room.cpus), store, display.show)
+    with only_run(store, display.show) as show:
+        state = drive(graph, todo, ready.done - set(todo), InProcess(ready.room.cpus), store, show)
     failures = tuple((graph.tasks[key].title, error) for key, error in state.failed.items())
     return Result(rows=(), failures=failures, tasks_run=len(todo))
 
@@ -244,52 +244,52 @@ def check_owner(run: Run) -> None:
 
 
 @contextmanager
-def only_run(store: Store) -> Iterator[None]:
-    """Hold the run's folder; the system lets go of it when this process ends, however it ends."""
-    try:
-        store.work.mkdir(parents=True, exist_ok=True)
-        file = (store.work / "lock").open("a")
-    except OSError as error:
-        what = f"no results can be written at {error.filename}: {error.strerror}"
-        raise UnsupportedError(str(store.run), what, "Choose another --out, or make room and rights there") from error
-    with file:
+def only_run(store: Store, show: Show) -> Iterator[Show]:
+    """Hold the run's folder, which is let go of when this process ends, however it ends; gives what shows events.
+
+    Raises UnsupportedError, also from that, when the folder is another run's.
+    """
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            store.work.mkdir(parents=True, exist_ok=True)
+            lease = stack.enter_context(held(store.lease))
         except OSError as error:
-            raise UnsupportedError(
-                str(store.run), "another run is working in this folder", "Wait for it, or choose another --out"
-            ) from error
-        yield
+            what = f"no results can be written at {error.filename}: {error.strerror}"
+            remedy = "Choose another --out, or make room and rights there"
+            raise UnsupportedError(str(store.run), what, remedy) from error
+
+        def shown(event: Event) -> None:
+            lease.check()  # so that nothing more is begun in a folder that was lost
+            show(event)
+
+        yield shown
 
 
 def finished(graph: Graph, store: Store) -> set[str]:
     """The tasks whose results are there, in full size, under their final names.
 
-    Files that an artifact is about to be made of again are read whole: what stands under a final name was hashed when
-    it was written, but bytes on a disk can change, and a damaged one must not be taken for the original.
+    Of what other tasks will read only the size of artifacts is looked at: who reads it hashes it, see `Store.file`.
     """
-    done = {key for key in store.done() if key in graph.tasks and _whole(graph.tasks[key], store)}
-    for key in [key for key in done if graph.tasks[key].kind == "assemble"]:
-        finishes = [reader for reader in graph.readers[key] if graph.tasks[reader].kind == "finish"]
-        if not done.issuperset(finishes) and not _intact(store.output(key), store.record(key)["files"]):
-            done.remove(key)
-    return done
+    return {key for key in store.done() if key in graph.tasks and _whole(graph.tasks[key], store)}
 
 
 def _whole(task: Task, store: Store) -> bool:
+    try:
+        record = store.record(task.key)
+    except DamagedError:
+        return False
     if task.kind == "imatrix":
         return (store.run / task.subject / "imatrix.gguf").is_file()
     if not isinstance(task.work, Work):
         return True
     if task.kind == "fetch":
-        return _fetched(task.work.model.snapshot, Path(store.record(task.key)["folder"]))
+        return _fetched(task.work.model.snapshot, Path(record["folder"]))
     if task.work.target is None:
         return True
     if task.kind == "assemble":
-        record = store.record(task.key)
         return _has(store.output(task.key), record["files"], record["changed_ns"])
     if task.kind == "finish":
-        folder, record = store.run / task.work.model.name / task.work.target.name, store.record(task.key)
+        folder = store.run / task.work.model.name / task.work.target.name
         return _has(folder, record["row"]["files"], record["changed_ns"])
     if task.kind == "publish" and task.work.place and task.work.place.folder:
         return (task.work.place.folder / task.work.place.repo).exists()
@@ -300,10 +300,6 @@ def _fetched(snapshot: Snapshot, folder: Path) -> bool:
     """Whether the weights are still where they were fetched to; a model's folder may have been moved since."""
     same = snapshot.source.startswith("hub:") or folder == snapshot.folder
     return same and _has(folder, [{"path": name, "bytes": snapshot.files[name]} for name in snapshot.weight_files])
-
-
-def _intact(folder: Path, files: Sequence[Mapping[str, Any]]) -> bool:
-    return all(file_sha256(folder / item["path"]) == item["sha256"] for item in files)
 
 
 def _has(folder: Path, files: Sequence[Mapping[str, Any]], changed_ns: Mapping[str, int] | None = None) -> bool:

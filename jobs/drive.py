@@ -3,6 +3,9 @@
 An executor says where a task runs; this loop says which and when, the same for all of them. Submission is bounded by
 the executor's slots, so a thousand planned tasks do not pin a thousand arguments, and what is submitted is taken in
 the graph's order, so statistics are used while they are there.
+
+A step that finds what it reads damaged is no failure: what was damaged is made again, with whatever that needs, and
+then the step. A disk that damages the same result again and again is one.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ from typing import Protocol
 
 from converter.hub_calls import Tell
 from converter.progress import Event
-from jobs.steps import Outcome, run
+from jobs.outcome import Outcome
+from jobs.steps import run
 from jobs.store import Store
 from jobs.task import Graph, Task
 
 POLL_SECONDS = 0.5
+REPAIRS = 2  # of one task's output in a run
 CONNECTIONS = 16  # to hubs, of all tasks together
 
 
@@ -30,8 +35,8 @@ class Executor(Protocol):
     @property
     def slots(self) -> int: ...
 
-    def check(self, tasks: Sequence[Task]) -> None:
-        """Raise UnsupportedError when one of these tasks can never run here."""
+    def check(self, tasks: Sequence[Task], store: Store) -> None:
+        """Raise UnsupportedError when one of these tasks can never run here, or the store is not there."""
         ...
 
     def submit(self, task: Task, store: Store, tell: Tell) -> None:
@@ -56,7 +61,7 @@ class InProcess:
         self._threads = threads
         self._ended: list[Outcome] = []
 
-    def check(self, tasks: Sequence[Task]) -> None:
+    def check(self, tasks: Sequence[Task], store: Store) -> None:
         """Whatever the plan allows on this machine can run in this process."""
 
     def submit(self, task: Task, store: Store, tell: Tell) -> None:
@@ -75,11 +80,12 @@ class Progress:
     """The state of a run while it is driven: keys by what became of them."""
 
     done: set[str]
-    needed: frozenset[str] = frozenset()
+    needed: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)  # key -> error
     skipped: dict[str, str] = field(default_factory=dict)  # key -> title of the task that failed before it
     running: dict[str, float] = field(default_factory=dict)  # key -> when it was submitted
     noted: dict[str, str] = field(default_factory=dict)  # key -> the last that it waited for
+    repaired: dict[str, int] = field(default_factory=dict)  # key -> how often its output was found damaged
 
     def settled(self, key: str) -> bool:
         return key in self.done or key in self.failed or key in self.skipped
@@ -96,7 +102,7 @@ def drive(
     graph: Graph, needed: Sequence[str], done: Iterable[str], executor: Executor, store: Store, show: Show
 ) -> Progress:
     """Run the tasks that are needed; returns what became of each. An interrupt leaves the state resumable."""
-    state = Progress(done=set(done), needed=frozenset(needed))
+    state = Progress(done=set(done), needed=set(needed))
     todo = list(needed)
     share = _shares(graph, todo)
     while todo or state.running:
@@ -112,6 +118,9 @@ def drive(
                 executor.submit(graph.tasks[key], store, tell)
         for outcome in [*ended, *executor.wait(0.0 if ended else POLL_SECONDS)]:
             state.running.pop(outcome.key, None)
+            if outcome.damaged and _repair(graph, todo, state, store, outcome):
+                _note(graph, state, share, store, show, outcome.key, f"{outcome.error} It is made anew.")
+                continue
             lost = _settle(graph, todo, state, outcome)
             say(store, show, _event(graph, state, share, outcome.key, "failed" if outcome.error else "done", outcome))
             for key in lost:
@@ -159,6 +168,25 @@ def _startable(graph: Graph, todo: Sequence[str], state: Progress, slots: int) -
             chosen.append(key)
             used += wanted
     return chosen
+
+
+def _repair(graph: Graph, todo: list[str], state: Progress, store: Store, outcome: Outcome) -> bool:
+    """Put a task back that found damage, and what has to be made again for it; False when that was tried enough.
+
+    Several tasks may find the same damage, the last of them when it is mended already: so it is looked at again here.
+    """
+    damaged = outcome.damaged
+    if not store.is_whole(damaged):
+        state.repaired[damaged] = state.repaired.get(damaged, 0) + 1
+        if state.repaired[damaged] > REPAIRS:
+            return False
+        store.forget(damaged)
+    there = state.done & store.done()
+    again = {key for key in graph.needed(there, [outcome.key]) if key not in state.running}
+    state.done -= again
+    state.needed |= again
+    todo[:] = [key for key in graph.tasks if key in again or key in todo]
+    return True
 
 
 def _settle(graph: Graph, todo: list[str], state: Progress, outcome: Outcome) -> list[str]:

@@ -71,7 +71,7 @@ def conversion(task: Task, store: Store) -> Conversion:
     used: list[tuple[Calibration | Evaluation, str]] = [(texts.evaluation, texts.evaluation_sha256)]
     if "calibrate" in recipes:
         used.insert(0, (texts.calibration, texts.calibration_sha256))
-    dependencies = [*source_dependencies(source, snapshot.commit, store.record(work.fetched)["files"])]
+    dependencies = [*source_dependencies(source, snapshot.commit, store.record(work.fetched)["sources"])]
     sections = {}
     for settings, sha256 in used if work.model.runs else ():
         section = type(settings).__name__.lower()

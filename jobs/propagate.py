@@ -79,7 +79,7 @@ def _embedded(
 
 def _run_quantized(attempt: Attempt, decoder: Decoder, original: evaluation.Original, block: int) -> Tensor:
     """The chain [N, T, D] behind a block, as the target's files will have the block, in the original's basis."""
-    chain = tensor_file.load(attempt.store.output(attempt.work.chained) / "hidden.safetensors")["hidden"]
+    chain = tensor_file.load(attempt.store.file(attempt.work.chained, "hidden.safetensors"))["hidden"]
     own, activations, rounding = _decoded(attempt, original, block)
     assert original.architecture is not None
     prefix = original.architecture.prefix(block)
@@ -106,7 +106,7 @@ def _decoded(
     largest: dict[str, Tensor] = {}
     for key, names in work.parts.items():
         for tensor in (tensor for tensor in work.artifact.tensors if tensor.block == block and tensor.name in names):
-            parts = tensor_file.load(attempt.store.output(key) / part_file(names, tensor.name))
+            parts = tensor_file.load(attempt.store.file(key, part_file(names, tensor.name)))
             weight = Coded(grid=tensor.grid, shape=tensor.shape, parts=dict(parts)).decode()
             local = tensor.source.removeprefix(prefix)
             pieces.setdefault(local, []).append((tensor, weight))

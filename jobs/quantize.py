@@ -144,7 +144,7 @@ def _statistics(attempt: Attempt) -> tuple[Mapping[str, TapStats], int]:
     assert work.target is not None
     gram = any(NEEDS[method](work.target.collects_imatrix).gram for method in work.target.methods)
     large = [*(["gram", "drift"] if gram else []), *(["histogram"] if work.target.counts_inputs else [])]
-    file = tensor_file.load(attempt.store.output(work.calibrated) / "stats.safetensors")
+    file = tensor_file.load(attempt.store.file(work.calibrated, "stats.safetensors"))
     return unpack(file, large), int(file.metadata.get("skipped", 0))
 
 

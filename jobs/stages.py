@@ -121,7 +121,7 @@ def _hidden(
 ) -> tuple[Tensor, Tensor]:
     """The hidden states [N, T, D] in front of the block: the original's and the chain's."""
     work = attempt.work
-    chained = tensor_file.load(attempt.store.output(work.chained) / "hidden.safetensors")
+    chained = tensor_file.load(attempt.store.file(work.chained, "hidden.safetensors"))
     if "original" in chained:
         return chained["original"], chained["hidden"]
     return hidden_before(attempt, model, decoder, original, block), chained["hidden"]

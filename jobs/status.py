@@ -5,12 +5,12 @@ Imports nothing of the work itself, so that looking takes a moment.
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections import Counter
 from typing import Any
 
 from converter.errors import SourceError
+from jobs.lease import holder_of
 from jobs.store import Store
 
 
@@ -39,7 +39,7 @@ def status(store: Store) -> dict[str, Any]:
         running.pop(event["task"], None)
         if event["state"] == "start":
             running[event["task"]] = event
-    alive = is_running(store)
+    alive = holder_of(store.lease) is not None
     for key, event in running.items():
         fraction, waits = store.progress(key)
         said = f"{100 * fraction:.0f} %{', ' if waits else ''}{waits}"
@@ -51,13 +51,3 @@ def status(store: Store) -> dict[str, Any]:
         "skipped": counts["skipped"],
         "tasks": list(last.values()),
     }
-
-
-def is_running(store: Store) -> bool:
-    """Whether a run holds this folder; the system lets go of it when a run ends, however it ends."""
-    try:
-        with (store.work / "lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    return False

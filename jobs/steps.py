@@ -6,13 +6,9 @@ the task's output. Steps know nothing of Ray: the same function runs in this pro
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import resource
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -33,22 +29,12 @@ from converter.stats import pack, unpack
 from jobs import keep
 from jobs.attempt import Attempt, calibrating, decoder_of, here, hidden_before, original_of, rows_of
 from jobs.origin import conversion, file_digests, versions_of
+from jobs.outcome import Outcome, lacks_memory, peak_bytes, reset_peak, told
 from jobs.propagate import propagate
 from jobs.quantize import part_file, quantize
-from jobs.store import Store, file_sha256, place, place_file
+from jobs.store import DamagedError, Store, list_files, place, place_file
 from jobs.task import Kind, Task
 from jobs.work import Model, Work
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How a task ended: error is empty when it is done."""
-
-    key: str
-    seconds: float
-    peak_bytes: int
-    error: str = ""
-    note: str = ""
 
 
 def run(task: Task, store: Store, threads: int, tell: Tell | None = None) -> Outcome:
@@ -57,8 +43,9 @@ def run(task: Task, store: Store, threads: int, tell: Tell | None = None) -> Out
     tell: hears of waits, which are written beside the progress in any case.
     """
     start = time.perf_counter()
-    _reset_peak()
-    error = note = ""
+    reset_peak()
+    error = note = damaged = ""
+    out_of_memory = False
     torch.set_num_threads(1)  # BLAS promises the same bits only on the same number; `threads` are our own workers
     try:
         assert isinstance(task.work, Work)
@@ -77,13 +64,23 @@ def run(task: Task, store: Store, threads: int, tell: Tell | None = None) -> Out
             STEPS[task.kind](attempt)
             record["versions"] = versions_of(task, store)
             record["seconds"] = time.perf_counter() - start
-            record["peak_bytes"] = _peak_bytes()
+            record["peak_bytes"] = peak_bytes()
             note = str(record.get("note", ""))
+    except DamagedError as problem:
+        error, damaged = str(problem), problem.key
     except HubmillError as problem:
         error = str(problem)
     except Exception as problem:  # the task boundary: whatever went wrong belongs to this task and its dependents
-        error = f"{task.title}: {type(problem).__name__}: {problem}"
-    return Outcome(key=task.key, seconds=time.perf_counter() - start, peak_bytes=_peak_bytes(), error=error, note=note)
+        error, out_of_memory = told(task, problem), lacks_memory(problem)
+    return Outcome(
+        key=task.key,
+        seconds=time.perf_counter() - start,
+        peak_bytes=peak_bytes(),
+        error=error,
+        note=note,
+        out_of_memory=out_of_memory,
+        damaged=damaged,
+    )
 
 
 def both(first: Tell, second: Tell) -> Tell:
@@ -112,7 +109,7 @@ def fetch(attempt: Attempt) -> None:
         snapshot, attempt.store.downloads, f"model '{attempt.work.model.name}'", report=count, tell=attempt.tell
     )
     attempt.record["folder"] = str(fetched.folder)
-    attempt.record["files"] = file_digests(fetched, attempt.threads, attempt.report)
+    attempt.record["sources"] = file_digests(fetched, attempt.threads, attempt.report)
 
 
 def calibrate(attempt: Attempt) -> None:
@@ -130,7 +127,7 @@ def calibrate(attempt: Attempt) -> None:
     tensor_file.save(attempt.folder / "stats.safetensors", kept.tensors, {"skipped": str(kept.skipped)})
     sums: dict[str, Tensor] = {}  # of this block and every one before it: what an imatrix holds, 8 bytes a column
     if task.block > 0:
-        sums |= tensor_file.load(attempt.store.output(work.calibrated) / "sums.safetensors")
+        sums |= tensor_file.load(attempt.store.file(work.calibrated, "sums.safetensors"))
     for tap, stats in unpack(kept.tensors, large=()).items():
         name = model.architecture.prefix(task.block) + tap
         sums |= {name: stats.sum_squares, f"{name}/rows": torch.tensor([stats.rows])}
@@ -182,7 +179,7 @@ def imatrix(attempt: Attempt) -> None:
     """Write what calibration found important as a file that llama.cpp's tools read, beside the model's artifacts."""
     work, store, architecture = attempt.work, attempt.store, attempt.work.model.architecture
     assert work.artifact is not None and architecture is not None
-    sums = tensor_file.load(store.output(work.calibrated) / "sums.safetensors")
+    sums = tensor_file.load(store.file(work.calibrated, "sums.safetensors"))
     seen: dict[str, list[str]] = {}  # what the matrices of each tensor of the file read, in their order
     for tensor in work.artifact.tensors:
         tap = architecture.tap_of(tensor.source)
@@ -201,7 +198,6 @@ def imatrix(attempt: Attempt) -> None:
     path = attempt.folder / "imatrix.gguf"
     write_imatrix(path, entries, [text.text.rpartition("/")[2]], text.sequences, text.length)
     open_imatrix(path)
-    attempt.record["files"] = list_files(attempt.folder)
     place_file(path, store.run / work.model.name / "imatrix.gguf")
 
 
@@ -219,7 +215,7 @@ def assemble(attempt: Attempt) -> None:
         asked += 1
         attempt.report(min(1.0, asked / total))
         key, names = homes[name]
-        return tensor_file.load(attempt.store.output(key) / part_file(names, name))
+        return tensor_file.load(attempt.store.file(key, part_file(names, name)))
 
     container = CONTAINERS[work.target.format]
     container.write(work.artifact, model.snapshot, model.architecture, work.target, parts, attempt.folder)
@@ -233,17 +229,7 @@ def assemble(attempt: Attempt) -> None:
     attempt.record["skipped"] = max((record.get("skipped", 0) for record in records), default=0)
     attempt.record["quantize_seconds"] = sum(record["seconds"] for record in records)
     attempt.record["quantize_peak_bytes"] = max(record["peak_bytes"] for record in records)
-    attempt.record["files"] = list_files(attempt.folder)
     attempt.record["changed_ns"] = changed_ns(attempt.folder)
-
-
-def list_files(folder: Path) -> list[dict[str, Any]]:
-    """Every file below `folder` with its size and sha256, by relative path."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [
-        {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in files
-    ]
 
 
 def changed_ns(folder: Path) -> dict[str, int]:
@@ -268,7 +254,7 @@ def evaluate(attempt: Attempt) -> None:
     """Read the written artifact back and measure it beside the original."""
     model, work = here(attempt), attempt.work
     assert work.target is not None and work.artifact is not None
-    opened = CONTAINERS[work.target.format].open(attempt.store.output(work.assembled), model.architecture)
+    opened = CONTAINERS[work.target.format].open(attempt.store.whole(work.assembled), model.architecture)
     measured = evaluation.measure(
         original_of(attempt, model),
         opened,
@@ -293,21 +279,24 @@ def finish(attempt: Attempt) -> None:
     assembled = store.output(work.assembled)
     files = {item["path"]: assembled / item["path"] for item in store.record(work.assembled)["files"]}
     row = row_of(store, work)
+    written = {item["path"]: item["sha256"] for item in store.record(work.assembled)["files"]}
     row["files"] = store.record(work.assembled)["files"]
     text = card.card_text(row, model.snapshot, work.target, work.repo, work.texts.calibration, work.texts.evaluation)
-    sums = {item["path"]: item["sha256"] for item in row["files"]}
+    sums = written.copy()
     sums["README.md"] = hashlib.sha256(text.encode()).hexdigest()
     made = provenance.statement(sums, conversion(attempt.task, store))
     final = store.run / model.name / work.target.name
-    complete = partial(signing.sign, key=work.sign_key, where=f"sign {attempt.task.subject}") if work.sign_key else None
+    placed: list[dict[str, Any]] = []
+
+    def complete(fresh: Path) -> None:
+        if work.sign_key:
+            signing.sign(fresh, key=work.sign_key, where=f"sign {attempt.task.subject}")
+        placed.extend(list_files(fresh))
+        for item in placed:  # what was measured is what gets the name
+            if written.get(item["path"], item["sha256"]) != item["sha256"]:
+                raise DamagedError(work.assembled, assembled / item["path"])
+
     place(files, {"README.md": text, provenance.FILE: made}, final, attempt.store.work / "attempts", complete)
-    placed = list_files(final)
-    expected = {item["path"]: item["sha256"] for item in row["files"]}
-    damaged = [item["path"] for item in placed if expected.get(item["path"], item["sha256"]) != item["sha256"]]
-    if damaged:  # the bytes on the disk are no longer those that were written and measured
-        store.forget(work.assembled)
-        what = f"{', '.join(damaged)} changed on the disk since it was written"
-        raise SourceError(str(final), what, "Check the disk and run the same command again: it is made anew")
     attempt.record["row"] = row | {"files": placed}
     attempt.record["changed_ns"] = changed_ns(final)
 
@@ -374,18 +363,3 @@ def row_of(store: Store, work: Work) -> dict[str, Any]:
         "notes": assembled["notes"],
         "warnings": [*work.artifact.notes, *left_out(assembled.get("skipped", 0), work.texts.calibration.sequences)],
     }
-
-
-def _reset_peak() -> None:
-    """Start a new measurement of this process's peak memory, where the kernel allows it."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_bytes() -> int:
-    """The peak resident memory of this process since the last reset, in bytes."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError, ValueError):
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,15 +1,16 @@
 """Where a run keeps its state: files under out/<name>/.work, renamed into place when whole.
 
-    tasks/<key>/        the output of a finished task, with done.json
+    tasks/<key>/        the output of a finished task, with done.json, which holds the sha256 of every file and its own
     attempts/<key>.N/   the output of a task that is running, or was killed
     progress/<key>      how far a running task is, a number between 0 and 1
     events.jsonl        everything that happened, a line each
     manifest            the path of the manifest that all of this belongs to
-    lock                held by the run that is working here
+    lease               held by the run that is working here, see lease.py
     locks/              held while an artifact is put under its final name
 
 A finished task is one rename, so a reader never sees half of one, and a task that runs twice is harmless: the second
-rename finds the first's result and steps back.
+rename finds the first's result and steps back. Bytes on a disk can change, so who reads a finished task's file has it
+hashed first: a damaged one is never used, and the task that made it runs again (see drive.py).
 """
 
 from __future__ import annotations
@@ -24,10 +25,21 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from converter.errors import SourceError
+
 Report = Callable[[float], None]
+
+
+class DamagedError(SourceError):
+    """What a finished task left is not what it wrote; `key` is the task's."""
+
+    def __init__(self, key: str, path: Path) -> None:
+        super().__init__(str(path), "it is gone, or not what was written", "Check the disk, and run the same command")
+        self.key = key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +62,11 @@ class Store:
         return self.work / "manifest"
 
     @property
+    def lease(self) -> Path:
+        """Held by the run that works here."""
+        return self.work / "lease"
+
+    @property
     def downloads(self) -> Path:
         """Where models from hubs are kept."""
         return self.work / "hub"
@@ -59,27 +76,61 @@ class Store:
         return self.work / "tasks" / key
 
     def record(self, key: str) -> dict[str, Any]:
-        """What a finished task left in its done.json."""
-        data: dict[str, Any] = json.loads((self.output(key) / "done.json").read_text("utf-8"))
-        return data
+        """What a finished task left in its done.json. Raises DamagedError."""
+        path = self.output(key) / "done.json"
+        try:
+            data = json.loads(path.read_bytes())
+            record: dict[str, Any] = data["record"]
+            if data["sha256"] == _digest(record):
+                return record
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        raise DamagedError(key, path)
+
+    def file(self, key: str, name: str) -> Path:
+        """A file of a finished task, hashed and found to be what the task wrote. Raises DamagedError."""
+        path, done = self.output(key) / name, self.output(key) / "done.json"
+        try:
+            whole = file_sha256(path) == _listed(self, key, done.stat().st_mtime_ns)[name]
+        except (OSError, KeyError):
+            whole = False
+        if not whole:
+            raise DamagedError(key, path)
+        return path
+
+    def whole(self, key: str) -> Path:
+        """The folder of a finished task's files, all hashed and found to be as written. Raises DamagedError."""
+        for item in self.record(key)["files"]:
+            self.file(key, item["path"])
+        return self.output(key)
 
     def done(self) -> set[str]:
         """The keys of every finished task."""
         folder = self.work / "tasks"
         return {item.name for item in folder.iterdir() if (item / "done.json").is_file()} if folder.is_dir() else set()
 
+    def is_whole(self, key: str) -> bool:
+        """Whether everything that a finished task left is what it wrote."""
+        try:
+            self.whole(key)
+        except DamagedError:
+            return False
+        return True
+
     @contextmanager
     def attempt(self, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         """A fresh folder for a task's files and a record for its done.json; both become the output when the body ends.
 
-        When the body raises, the folder is removed and nothing else changes.
+        The record is given the list of the files, with sizes and sha256. When the body raises, the folder is removed
+        and nothing else changes.
         """
         folder = self.work / "attempts" / f"{key}.{uuid.uuid4().hex[:8]}"
         folder.mkdir(parents=True)
         record: dict[str, Any] = {}
         try:
             yield folder, record
-            write_json(folder / "done.json", record)
+            record["files"] = list_files(folder)
+            write_json(folder / "done.json", {"record": record, "sha256": _digest(record)})
             sync_tree(folder)
             self._commit(folder, self.output(key))
         except BaseException:
@@ -173,10 +224,43 @@ def write_text(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
+def _digest(record: Mapping[str, Any]) -> str:
+    text = json.dumps(record, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@lru_cache(256)
+def _listed(store: Store, key: str, changed_ns: int) -> Mapping[str, str]:
+    """The sha256 of a finished task's files; one task's are asked for one by one, and a block may have thousands."""
+    return {item["path"]: item["sha256"] for item in store.record(key)["files"]}
+
+
+def list_files(folder: Path) -> list[dict[str, Any]]:
+    """Every file below `folder` with its size and sha256, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [
+        {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in files
+    ]
+
+
 def file_sha256(path: Path) -> str:
     """The sha256 of a file's content, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def try_folder(probe: Path) -> str:
+    """Why tasks could not work here in the folder of a file that holds its own name; empty when they could."""
+    try:
+        if probe.read_text("utf-8") != probe.name:
+            return f"{probe.parent} is another folder there"
+        beside = probe.with_name(f"{probe.name}.{uuid.uuid4().hex}")
+        beside.touch()
+        beside.unlink()
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return ""
 
 
 def sync_tree(folder: Path) -> None:
@@ -220,9 +304,9 @@ def place(
 ) -> None:
     """Make `final` a folder with exactly these files (hard links where the disk allows) and texts.
 
-    complete: adds what can only be made when they lie together. A folder that is already there is moved aside into
-    `staging` first, so what stands under the final name is always whole: the old one, for an instant none, then the
-    new one.
+    complete: adds what can only be made when they lie together, or raises, and then nothing has changed. A folder that
+    is already there is moved aside into `staging` first, so what stands under the final name is always whole: the old
+    one, for an instant none, then the new one.
     """
     around = staging / f"place.{uuid.uuid4().hex[:8]}"
     fresh = around / final.name
@@ -234,7 +318,11 @@ def place(
         (fresh / name).parent.mkdir(parents=True, exist_ok=True)
         write_text(fresh / name, text)
     if complete is not None:
-        complete(fresh)
+        try:
+            complete(fresh)
+        except BaseException:
+            shutil.rmtree(around, ignore_errors=True)
+            raise
     sync_tree(fresh)
     final.parent.mkdir(parents=True, exist_ok=True)
     old = staging / f"old.{uuid.uuid4().hex[:8]}"

@@ -1,20 +1,19 @@
-"""A Ray cluster that runs already, of two nodes on this machine: the same bytes, also when a node dies half-way."""
+"""A Ray cluster that runs already, of three nodes on this machine: the same bytes, whatever dies meanwhile."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from chaos.nodes import SETTINGS, Cluster, cluster
 from converter import manifest as manifests
 from converter.progress import Event
 from jobs.convert import Run, convert
@@ -23,16 +22,6 @@ from patience import PATIENCE_SECONDS
 from small_run import ROOT, TARGETS, write_manifest, write_model
 
 pytestmark = pytest.mark.ray
-RAY = Path(sys.executable).parent / "ray"
-ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-NODE = [
-    "--node-ip-address=127.0.0.1",
-    "--num-cpus=1",
-    "--memory=4000000000",
-    "--object-store-memory=100000000",
-    "--disable-usage-stats",
-    "--block",
-]
 
 
 class Quiet:
@@ -45,38 +34,10 @@ class Quiet:
         pass
 
 
-def start(*options: str) -> tuple[subprocess.Popen[bytes], Path]:
-    """A Ray node in a session of its own, with a folder of its own: two in one folder fight over a socket."""
-    folder = Path(tempfile.mkdtemp(prefix="hm-", dir="/tmp"))  # the path of a socket must stay under 107 characters
-    command = [str(RAY), "start", *options, *NODE]
-    log = (folder / "log").open("wb")
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True), folder
-
-
-def stop(node: subprocess.Popen[bytes], folder: Path) -> None:
-    os.killpg(node.pid, signal.SIGKILL)
-    node.wait()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture
-def cluster() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The address of a head without cores and the process of one of its two workers."""
-    head, head_folder = start("--head", "--port=0", "--include-dashboard=false")
-    nodes = [(head, head_folder)]
-    try:
-        deadline = time.monotonic() + 60
-        found = None
-        while not found and time.monotonic() < deadline:
-            found = re.search(r"--address='([^']+)'", (head_folder / "log").read_text("utf-8", "replace"))
-            time.sleep(0.2)
-        assert found, (head_folder / "log").read_text("utf-8", "replace")
-        workers = [start(f"--address={found[1]}") for _ in range(2)]
-        nodes += workers
-        yield found[1], workers[0][0]
-    finally:
-        for node, folder in reversed(nodes):
-            stop(node, folder)
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Cluster]:
+    with cluster() as one:
+        yield one
 
 
 def sums(folder: Path) -> dict[str, str]:
@@ -84,25 +45,61 @@ def sums(folder: Path) -> dict[str, str]:
     return {path.name + path.parent.name: file_sha256(path) for path in paths if path.parent.parent.name == "model"}
 
 
-def test_a_cluster_writes_the_same_bytes_also_when_a_node_dies(
-    cluster: tuple[str, subprocess.Popen[bytes]], tmp_path: Path
-) -> None:
-    address, victim = cluster
+def hubmill(nodes: Cluster, manifest: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "converter.cli", "convert", str(manifest), "--out", str(out), "--json"]
+    return subprocess.Popen(
+        [*command, "--address", nodes.address],
+        cwd=ROOT,
+        env=os.environ | SETTINGS,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(events: Path, text: str, times: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (events.is_file() and events.read_text().count(text) >= times):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def test_a_node_that_does_not_see_the_output_folder_is_named_before_any_work(nodes: Cluster, tmp_path: Path) -> None:
+    """The node has another folder mounted there, as a machine has that lacks the shared one."""
+    if os.geteuid() or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
+        pytest.skip("mounting needs root")
+    write_model(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    apart = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(tmp_path / "out")]
+    node = nodes.join(apart)
+    try:
+        nodes.wait_for_workers()
+        process = hubmill(nodes, write_manifest(tmp_path, {"int8": TARGETS["int8"]}), tmp_path / "out")
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        node.kill()
+        nodes.workers.remove(node)
+    assert process.returncode == 3, output
+    assert "at the same place on every" in output
+    assert re.search(r": node \S+: \S+: No such file or directory\. Mount", output), output
+    assert '"quantize' not in output
+
+
+def test_a_cluster_writes_the_same_bytes_also_when_a_worker_and_a_node_die(nodes: Cluster, tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     chosen = {name: TARGETS[name] for name in ("q8-0", "w4a16", "int8")}
     manifest = write_manifest(tmp_path, chosen)
     expected = Run(manifest=manifests.load(manifest), out=tmp_path / "here", executor="inprocess")
     assert convert(expected, Quiet()).exit_code == 0
 
-    command = [sys.executable, "-m", "converter.cli", "convert", str(manifest), "--out", str(tmp_path / "there")]
-    process = subprocess.Popen(
-        [*command, "--address", address, "--json"], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-    )
+    process = hubmill(nodes, manifest, tmp_path / "there")
     events = tmp_path / "there" / "small" / ".work" / "events.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (events.is_file() and events.read_text().count('"done"') >= 2):
-        time.sleep(0.1)
-    os.killpg(victim.pid, signal.SIGKILL)
+    wait_for(events, '"state": "done"', 2, process)
+    while not (busy := nodes.busy()):
+        assert process.poll() is None
+    os.kill(busy[0], signal.SIGKILL)
+    wait_for(events, "its worker was lost", 1, process)
+    nodes.workers.pop(0).kill()
     output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, output
     assert sums(tmp_path / "there") == sums(tmp_path / "here")

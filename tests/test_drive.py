@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from converter.hub_calls import Tell
 from converter.progress import Event
 from jobs.drive import CONNECTIONS, drive
-from jobs.steps import Outcome
-from jobs.store import Store
+from jobs.outcome import Outcome
+from jobs.store import DamagedError, Store
 from jobs.task import Graph, Resources, Task
 
 
@@ -41,7 +42,7 @@ class Recorder:
         self.most = 0
         self.pending: list[tuple[Task, Store]] = []
 
-    def check(self, tasks: Sequence[Task]) -> None:
+    def check(self, tasks: Sequence[Task], store: Store) -> None:
         pass
 
     def submit(self, task: Task, store: Store, tell: Tell) -> None:
@@ -252,3 +253,89 @@ def test_a_wait_is_said_once_and_is_in_the_log(tmp_path: Path) -> None:
     notes = [event.note for event in events if event.state == "note"]
     assert notes == ["the hub is busy (429): goes on in 55 s"]
     assert sum("goes on in 55 s" in line for line in store.events.read_text().splitlines()) == 1
+
+
+class Reading(Recorder):
+    """An executor whose tasks read what they depend on, as steps do; `spoil` damages outputs when a task starts."""
+
+    def __init__(self, spoil: Callable[[Task, Store], None]) -> None:
+        super().__init__()
+        self.spoil = spoil
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        if not self.pending:
+            return []
+        task, store = self.pending.pop()
+        self.spoil(task, store)
+        try:
+            with store.attempt(task.key) as (folder, _):
+                for read in task.reads:
+                    store.file(read, "result")
+                (folder / "result").write_text(task.subject)
+        except DamagedError as error:
+            return [Outcome(key=task.key, seconds=0.1, peak_bytes=1, error=str(error), damaged=error.key)]
+        return [Outcome(key=task.key, seconds=0.1, peak_bytes=1)]
+
+
+DAMAGE: Mapping[str, Callable[[Path], object]] = {
+    "flipped": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("file", ["result", "done.json"])
+@pytest.mark.parametrize("damage", list(DAMAGE))
+def test_a_damaged_output_is_made_again_and_never_used(tmp_path: Path, damage: str, file: str) -> None:
+    """Also when what it was made of is gone by then: `a` is temporary, and only `b` reads it."""
+    a = task("a", temporary=True)
+    b = task("b", a)
+    c = task("c", b)
+    damaged = []
+
+    def spoil(task: Task, store: Store) -> None:
+        if task.subject == "c" and not damaged:
+            damaged.append(DAMAGE[damage](store.output(b.key) / file))
+
+    executor = Reading(spoil)
+    store, failed, _ = run(Graph([a, b, c]), tmp_path, executor)
+    assert not failed
+    assert executor.order == ["a", "b", "c", "a", "b", "c"]
+    assert store.file(b.key, "result").read_text() == "b"
+    assert a.key not in store.done()
+
+
+def test_a_disk_that_damages_the_same_output_again_and_again_is_a_failure(tmp_path: Path) -> None:
+    a = task("a")
+    b = task("b", a)
+
+    def spoil(task: Task, store: Store) -> None:
+        if task.subject == "b":
+            DAMAGE["flipped"](store.output(a.key) / "result")
+
+    executor = Reading(spoil)
+    _, failed, _ = run(Graph([a, b]), tmp_path, executor)
+    assert executor.order == ["a", "b"] * 3
+    assert "not what was written" in failed[b.key]
+
+
+def test_damage_that_two_tasks_find_is_mended_once(tmp_path: Path) -> None:
+    a = task("a")
+    readers = [task("b", a), task("c", a)]
+    damaged = []
+
+    def spoil(task: Task, store: Store) -> None:
+        if task.subject != "a" and not damaged:
+            damaged.append(DAMAGE["flipped"](store.output(a.key) / "result"))
+
+    class Late(Reading):
+        """Tells of the first reader's damage when the second has run into it, too."""
+
+        def wait(self, seconds: float) -> list[Outcome]:
+            return [outcome for _ in range(len(self.pending)) for outcome in super(Late, self).wait(seconds)]
+
+    executor = Late(spoil)
+    executor.slots = 2
+    _, failed, _ = run(Graph([a, *readers]), tmp_path, executor)
+    assert not failed
+    assert sorted(executor.order) == ["a", "a", "b", "b", "c", "c"]

@@ -138,7 +138,7 @@ def solved_parts(folder: Path, type: str) -> dict[str, Coded]:
         architecture=architecture,
         names=tuple(snapshot.tensors),
         read=lambda name: snapshot.read(name).float(),
-        hidden_folder=None,
+        hidden_at=None,
     )
     decoder = Decoder(folder, architecture, "the test's model", stored=snapshot.tensors)
     tokens = torch.randint(0, 1000, (6, 64), generator=torch.Generator().manual_seed(2))

@@ -20,8 +20,9 @@ from converter import manifest as manifests
 from converter.errors import UnsupportedError
 from converter.progress import Event
 from jobs.convert import Refused, Run, convert, only_run, plan
+from jobs.lease import holder_of
 from jobs.show import plan_json
-from jobs.status import is_running, status
+from jobs.status import status
 from jobs.store import Store
 from jobs.verify import verify
 from patience import PATIENCE_SECONDS
@@ -142,9 +143,9 @@ def test_status_tells_a_run_that_was_cut_from_one_that_works(place: Path, finish
     found = status(Store(run=finished))
     assert found["running"] == 0
     assert {event["state"] for event in found["tasks"]} == {"done"}
-    with only_run(Store(run=finished)):
-        assert is_running(Store(run=finished))
-    assert not is_running(Store(run=finished))
+    with only_run(Store(run=finished), Quiet().show):
+        assert holder_of(Store(run=finished).lease)
+    assert not holder_of(Store(run=finished).lease)
 
 
 def test_outputs_of_earlier_settings_do_not_pile_up(tmp_path: Path) -> None:

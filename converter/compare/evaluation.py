@@ -47,6 +47,7 @@ PROBES = 2  # rows that per-tensor output errors are measured on
 class Original:
     """The original model: its family (None: a plain state dict), names, tensors in f32, hidden states on disk.
 
+    hidden_at: the file of the hidden state in front of a block, see `hidden_file`; None where the original was not run.
     pooling: how an encoder makes one vector of a text, see `pooling.declared_pooling`. foldings: those of the family
     that the artifact's methods may have carried out. seed: what the basis follows from that the artifact's residual
     stream is in (empty: the original's). copies: names whose bytes another tensor has, too.
@@ -55,7 +56,7 @@ class Original:
     architecture: Architecture | None
     names: tuple[str, ...]
     read: Read
-    hidden_folder: Path | None
+    hidden_at: Callable[[int], Path] | None
     pooling: tuple[str, ...] = ()
     foldings: tuple[Folding, ...] = ()
     seed: str = ""
@@ -168,7 +169,7 @@ def _measure_block(
 ) -> tuple[Tensor, list[dict[str, Any]], Difference]:
     """Run the artifact's block on its own chain; compare its tensors, and its output with the original's."""
     architecture = original.architecture
-    assert architecture is not None and original.hidden_folder is not None
+    assert architecture is not None and original.hidden_at is not None
     prefix = architecture.prefix(block)
     first = block_tensors(original, block)
     copy = {name: opened.read(prefix + name) for name in first}
@@ -195,7 +196,7 @@ def _measure_block(
     said = {name.removesuffix(".weight"): opened.activations(prefix + name) for name in first}
     activations = {module: how for module, how in said.items() if how}
     hidden = decoder.run_block(block, copy, hidden, activations=activations, rounding=opened.keeps(prefix))
-    expected = tensor_file.load(hidden_file(original.hidden_folder, block + 1))["hidden"]
+    expected = tensor_file.load(original.hidden_at(block + 1))["hidden"]
     deviation = difference(expected, original.unturned(hidden))
     kept = [row | {"block_relative_mse": deviation.relative_mse} for row in rows if row]
     return hidden, kept, deviation
@@ -215,8 +216,8 @@ def _whole(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Block:
 
 def _tap_inputs(original: Original, decoder: Decoder, block: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the linears of each tap read in the original, [N, I] f32, on the first few rows."""
-    assert original.hidden_folder is not None
-    hidden = tensor_file.load(hidden_file(original.hidden_folder, block))["hidden"][:PROBES]
+    assert original.hidden_at is not None
+    hidden = tensor_file.load(original.hidden_at(block))["hidden"][:PROBES]
     seen: dict[str, list[Tensor]] = {}
 
     def observe(row: int, taps: Mapping[str, Tensor]) -> None:
@@ -266,8 +267,8 @@ def _measure_output(
     original: Original, opened: Opened, decoder: Decoder, rows_NT: Tensor, hidden: Tensor
 ) -> dict[str, float]:
     """Perplexity, KL divergence to the original and top-1 agreement, from the final hidden states of both."""
-    assert original.hidden_folder is not None
-    expected = tensor_file.load(hidden_file(original.hidden_folder, decoder.blocks))["hidden"]
+    assert original.hidden_at is not None
+    expected = tensor_file.load(original.hidden_at(decoder.blocks))["hidden"]
     first = _windows(decoder, expected, rows_NT, original.read)
     second = _windows(decoder, hidden, rows_NT, opened.read)
     figures: list[TokenFigures] = [
@@ -278,8 +279,8 @@ def _measure_output(
 
 def _measure_embeddings(original: Original, opened: Opened, decoder: Decoder, hidden: Tensor) -> dict[str, float]:
     """How far an encoder's embeddings and final hidden states are from the original's, a text at a time."""
-    assert original.hidden_folder is not None
-    expected = tensor_file.load(hidden_file(original.hidden_folder, decoder.blocks))["hidden"]
+    assert original.hidden_at is not None
+    expected = tensor_file.load(original.hidden_at(decoder.blocks))["hidden"]
     outer = [{name: read(name) for name in decoder.output_names} for read in (original.read, opened.read)]
     total = Difference()
     pooled: tuple[list[Tensor], list[Tensor]] = ([], [])

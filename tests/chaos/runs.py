@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -33,7 +33,7 @@ AGENTS = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")
 POLL_SECONDS = 0.005
 
 
-class Broken(AssertionError):
+class Broken(AssertionError):  # noqa: N818 - a finding, not a mistake in the harness
     """A promise was not kept."""
 
 
@@ -131,29 +131,49 @@ def start(command: Sequence[str], mark: str, environment: Mapping[str, str] | No
 
 
 def kill(process: Process) -> None:
-    """SIGKILL a run and its process group."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL a run, which has not been waited for yet, and its process group."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # a copy that has no group of its own yet
+        os.kill(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def family(session: int, mark: str = "", *, agents: bool = False) -> list[int]:
-    """The processes of a session, or with this mark in their environment, whoever their parent is by now."""
-    sought, found = f"{MARK}={mark}".encode(), []
-    for folder in Path("/proc").glob("[0-9]*"):
+def in_session(session: int) -> set[int]:
+    """The processes of a session that this process made. Those of session 0 are the system's: never asked for."""
+    assert session > 1
+    return {pid for pid, fields, _ in _processes() if int(fields[3]) == session}
+
+
+def marked(mark: str, *, agents: bool = False) -> set[int]:
+    """The processes with this mark in their environment, whoever their parent is by now; Ray's agents only if asked."""
+    assert len(mark) > 8, "a mark is one that nobody else has"
+    sought, found = f"{MARK}={mark}".encode(), set()
+    for pid, _, folder in _processes():
         try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            ours = int(fields[3]) == session or (mark and sought in (folder / "environ").read_bytes().split(b"\0"))
-            if ours and fields[0] != "Z" and (agents or not (folder / "cmdline").read_bytes().startswith(AGENTS)):
-                found.append(int(folder.name))
+            ours = sought in (folder / "environ").read_bytes().split(b"\0")
+            if ours and (agents or not (folder / "cmdline").read_bytes().startswith(AGENTS)):
+                found.add(pid)
         except OSError:  # it ended meanwhile
             continue
     return found
 
 
+def _processes() -> Iterator[tuple[int, list[str], Path]]:
+    """Every process that has not ended: number, the fields of its stat behind the name, its folder."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":
+            yield int(folder.name), fields, folder
+
+
 def check_nobody(session: int, mark: str = "") -> None:
     """Raise Broken when a process of an ended run is still there after a while."""
     deadline = time.monotonic() + GONE_SECONDS
-    while left := family(session, mark):
+    while left := in_session(session) | (marked(mark) if mark else set()):
         if time.monotonic() > deadline:
             raise Broken(f"processes {left} were left behind")
         time.sleep(0.05)
