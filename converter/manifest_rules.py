@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converter.marks import quoted, suggestion
-from converter.schemes import CACHES, CACHING, GGUF_TENSOR_TYPES, METHODS, ROUNDERS, SCHEMES, STORES, TRANSFORMS
+from converter.schemes import CACHES, CACHING, GGUF_TENSOR_TYPES, METHODS, ROUNDERS, SCHEMES, STORES, TRANSFORMS, Scheme
 
 if TYPE_CHECKING:
     from converter.manifest_fields import Publish, Target
@@ -164,11 +164,12 @@ def _check_grid(target: Target) -> Iterator[Finding]:
                 yield Finding(at=(field,), needs=("format",), what=what, remedy=f"Remove {field}")
         return
     scheme = schemes.get(target.scheme or "")
-    if scheme and scheme.values != "int":
-        for field in GRID_FIELDS:
-            if field in target.model_fields_set and (field != "granularity" or scheme.values != "e4m3"):
-                what = f"{field} has no effect with scheme {target.scheme}, which fixes it"
-                yield Finding(at=(field,), needs=("scheme",), what=what, remedy=f"Remove {field}")
+    for field in GRID_FIELDS:
+        if scheme and field in target.model_fields_set and field not in scheme.fields:
+            what = f"{field} has no effect with scheme {target.scheme}, which fixes it"
+            yield Finding(at=(field,), needs=("scheme",), what=what, remedy=f"Remove {field}")
+    if scheme and "granularity" in scheme.fields and "observer" not in scheme.fields:
+        yield from _check_granularity(target, scheme)
     elif target.granularity == "block":
         what = "granularity block is for fp8; integers share a scale in a row or in groups of its columns"
         yield Finding(at=("granularity",), needs=("scheme",), what=what, remedy="Write granularity: group")
@@ -185,6 +186,21 @@ def _check_grid(target: Target) -> Iterator[Finding]:
                 what = f"scheme {target.scheme} is {'symmetric' if scheme.symmetric else 'asymmetric'}"
                 remedy = f"Write scheme: {name}, and remove symmetric"
                 yield Finding(at=("symmetric",), needs=("format", "scheme"), what=what, remedy=remedy)
+
+
+def _check_granularity(target: Target, scheme: Scheme) -> Iterator[Finding]:
+    """What may share a scale of fp8, or a scale or levels of other grids than integers."""
+    floats = scheme.values in ("e4m3", "e5m2")
+    refused = {"group"} if floats else {"tensor", "block"}
+    if floats and target.format == "parquet":
+        refused.add("block")
+    if target.granularity in refused:
+        shared = (
+            "a row or all of a tensor shares a scale" if floats else "a row shares a scale, or a group of its columns"
+        )
+        what = f"granularity {target.granularity} does not work with scheme {target.scheme} here, where {shared}"
+        remedy = "Write granularity: channel"
+        yield Finding(at=("granularity",), needs=("format", "scheme"), what=what, remedy=remedy)
 
 
 def _check_inputs(target: Target) -> Iterator[Finding]:

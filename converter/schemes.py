@@ -12,8 +12,12 @@ from typing import Literal
 
 Observer = Literal["minmax", "percentile", "kl", "mse"]
 Granularity = Literal["tensor", "channel", "group", "block"]
-# What codes mean: integers; floats of 8 bits; floats of 4 or 8 bits in small groups with coded scales; a codebook.
-Values = Literal["int", "e4m3", "e5m2", "nvfp4", "mxfp4", "mxfp8", "nf4", "fp4"]
+# What codes mean: integers; floats of 8 bits; floats of 4 or 8 bits in small groups with coded scales; fixed levels
+# (seq: even ones around zero, log: powers); levels of a row's or a group's own.
+Values = (
+    Literal["int", "e4m3", "e5m2", "nvfp4", "mxfp4", "mxfp8", "nf4", "fp4"]
+    | Literal["ternary", "seq2", "seq3", "seq4", "log3", "log4", "kmeans"]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +52,9 @@ class Scheme:
     """What weights become, and what happens to the activations that meet them.
 
     group_size is the default number of input columns that share a scale; None is one scale per output row, unless
-    block says how many rows and columns share one, or tensor is set. activations is None where they keep their
-    precision.
+    block says how many rows and columns share one, or tensor is set. offset: one stands beside each scale. scale_bits:
+    scales (and offsets) are codes of so many bits, in units of the row; 0: they are as the values have them.
+    activations is None where they keep their precision.
     """
 
     bits: int
@@ -58,7 +63,18 @@ class Scheme:
     group_size: int | None = None
     block: tuple[int, int] | None = None
     tensor: bool = False
+    offset: bool = False
+    scale_bits: int = 0
     activations: Activations | None = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a target that describe its grid and are not fixed by the scheme."""
+        if self.values == "int":
+            return "group_size", "symmetric", "granularity", "observer"
+        if self.values in ("e4m3", "e5m2"):
+            return ("granularity",)
+        return ("group_size", "granularity") if self.values.startswith(("ternary", "seq", "log", "kmeans")) else ()
 
     @property
     def granularity(self) -> Granularity:
@@ -146,10 +162,29 @@ CACHING = ("compressed-tensors",)
 GPTQ_SCHEMES = {name: INTEGERS[name] for name in ("W2A16", "W3A16", "W4A16", "W8A16")}
 # The first layout of GPTQ keeps zero points less one, and readers disagree about what is then stored for 0.
 GPTQ_V2_SCHEMES = GPTQ_SCHEMES | {f"{name}_ASYM": ASYMMETRIC[f"{name}_ASYM"] for name in GPTQ_SCHEMES}
+EVEN: dict[int, Values] = {2: "seq2", 3: "seq3", 4: "seq4"}
+
+
+def _even(bits: int, group_size: int, scale_bits: int = 0) -> Scheme:
+    return Scheme(bits=bits, values=EVEN[bits], group_size=group_size, offset=True, scale_bits=scale_bits)
+
+
 PARQUET_SCHEMES = {
-    "INT8": Scheme(bits=8),
-    "INT4": Scheme(bits=4),
-    "INT2": Scheme(bits=2),
+    **{f"INT{bits}": Scheme(bits=bits) for bits in (8, 7, 6, 5, 4, 3, 2)},
+    **{f"INT{bits}_OFFSET": _even(bits, group_size=64) for bits in (4, 3, 2)},
+    **{f"INT{bits}_DOUBLE": _even(bits, group_size=32, scale_bits=4) for bits in (4, 3, 2)},
+    "SEQ2": Scheme(bits=2, values="seq2"),
+    "TERNARY": Scheme(bits=2, values="ternary"),
+    "LOG4": Scheme(bits=4, values="log4"),
+    "LOG3": Scheme(bits=3, values="log3"),
+    **{f"KMEANS{bits}": Scheme(bits=bits, values="kmeans") for bits in (4, 3, 2)},
+    "NF4": Scheme(bits=4, values="nf4", group_size=64, scale_bits=8),
+    "FP4": Scheme(bits=4, values="fp4", group_size=64, scale_bits=8),
+    "NVFP4": Scheme(bits=4, values="nvfp4", group_size=16),
+    "MXFP4": Scheme(bits=4, values="mxfp4", group_size=32),
+    "MXFP8": Scheme(bits=8, values="mxfp8", group_size=32),
+    "E4M3": Scheme(bits=8, values="e4m3"),
+    "E5M2": Scheme(bits=8, values="e5m2"),
 }
 SCHEMES: dict[str, dict[str, Scheme]] = {
     "compressed-tensors": COMPRESSED_TENSORS_SCHEMES,

@@ -59,7 +59,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("scheme", PARQUET_SCHEMES)
+@pytest.mark.parametrize("scheme", [name for name, scheme in PARQUET_SCHEMES.items() if scheme.values == "int"])
 def test_artifact_holds_what_the_plan_says_and_decodes_to_what_was_rounded(
     scheme: str, symmetric: bool, granularity: str, tmp_path: Path
 ) -> None:
@@ -81,6 +81,68 @@ def test_artifact_holds_what_the_plan_says_and_decodes_to_what_was_rounded(
         assert torch.equal(opened.read(tensor.name), tensor.grid.decode(parts(tensor.name)).reshape(tensor.shape))
         assert opened.stored(tensor.name) == (tensor.grid.name, tensor.size_bytes)
         assert tensor.quantized == (tensor.name == "a.weight")
+
+
+def documented(block: int) -> dict[str, Any]:
+    """The names that a Python block of the page on formats defines."""
+    text = (Path(__file__).parents[1] / "docs" / "formats.md").read_text("utf-8")
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[block], names)
+    return names
+
+
+LEVELLED = [
+    name
+    for name, scheme in PARQUET_SCHEMES.items()
+    if scheme.values.startswith(("seq", "ternary", "log", "k", "nf", "fp"))
+]
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("scheme", LEVELLED)
+def test_duckdb_and_the_documented_numpy_decode_every_grid_of_levels(
+    scheme: str, group_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_rows, "CHUNK_BYTES", 200)  # several rows of the table for a tensor
+    tensors = {"a.weight": torch.randn(17, 93).bfloat16(), "b.weight": torch.zeros(3, 5).half(), "c": torch.ones(4)}
+    write_state_dict(tmp_path / "model", tensors | {"d.weight": torch.full((4, 64), 0.3)})
+    fields = {"group_size": group_size} if group_size and "group_size" in PARQUET_SCHEMES[scheme].fields else {}
+    snapshot, plan, opened = convert(tmp_path / "model", tmp_path / "out", make_target(scheme, **fields))
+    assert plan.exact and plan.files == sizes(tmp_path / "out")
+    parts, decode = round_to_nearest(plan, snapshot), documented(1)["decode"]
+    for tensor in plan.tensors:
+        assert torch.equal(opened.read(tensor.name), tensor.grid.decode(parts(tensor.name)).reshape(tensor.shape))
+        assert opened.stored(tensor.name) == (tensor.grid.name, tensor.size_bytes)
+        assert tensor.quantized == (tensor.name != "c")
+        if tensor.quantized:
+            query = (
+                f"SELECT * FROM '{tmp_path}/out/model.parquet' WHERE layer_name = '{tensor.name}' ORDER BY chunk_index"
+            )
+            rows = duckdb.sql(query).to_arrow_table().to_pylist()
+            assert len(rows) > 1 or tensor.name != "a.weight"
+            np.testing.assert_array_equal(
+                np.concatenate([decode(row) for row in rows]), opened.read(tensor.name).numpy()
+            )
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "MXFP4", "MXFP8", "E4M3", "E5M2"])
+def test_small_floats_are_read_back_and_unfit_rows_kept(scheme: str, tmp_path: Path) -> None:
+    write_state_dict(tmp_path / "model", {"a.weight": torch.randn(17, 96).bfloat16(), "b.weight": torch.randn(3, 40)})
+    snapshot, plan, opened = convert(tmp_path / "model", tmp_path / "out", make_target(scheme))
+    assert plan.exact and plan.files == sizes(tmp_path / "out")
+    parts = round_to_nearest(plan, snapshot)
+    for tensor in plan.tensors:
+        assert torch.equal(opened.read(tensor.name), tensor.grid.decode(parts(tensor.name)).reshape(tensor.shape))
+        assert opened.stored(tensor.name) == (tensor.grid.name, tensor.size_bytes)
+        unfit = tensor.name == "b.weight" and scheme in ("NVFP4", "MXFP4", "MXFP8")
+        assert tensor.quantized != unfit and ("do not fill groups" in tensor.fallback) == unfit
+
+
+def test_tables_of_integers_have_no_columns_for_other_grids(llama: Path, tmp_path: Path) -> None:
+    for scheme, more in (("INT4", False), ("KMEANS4", True)):
+        convert(llama, tmp_path / scheme, make_target(scheme))
+        names = pq.read_schema(tmp_path / scheme / "model.parquet").names
+        assert names == [column.name for column in parquet_rows.COLUMNS + parquet_rows.MORE_COLUMNS * more]
 
 
 @settings(max_examples=20, deadline=None)
@@ -187,7 +249,7 @@ def test_the_examples_of_the_documentation_run(llama: Path, tmp_path: Path) -> N
     sizes, damaged, codes = (duckdb.sql(query).fetchall() for query in queries.split(";") if query.strip())
     weight = opened.read("model.layers.0.mlp.up_proj.weight")
     assert {kind for kind, *_ in sizes} == {"int8", "bf16"} and damaged == []
-    [program] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    program, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {}
     exec(program, names)
     np.testing.assert_array_equal(names["weight"], weight.numpy())

@@ -70,3 +70,20 @@ def unpack_words(words_RW: Tensor, bits: int, count: int) -> Tensor:
     """The signed codes [R, count] int8 of words that `pack_words` wrote."""
     packed_RB = words_RW.reshape(-1).view(torch.uint8).reshape(len(words_RW), -1)
     return to_signed(unpack_bytes(packed_RB, bits, count), bits)
+
+
+def pack_trits(codes_RN: Tensor) -> Tensor:
+    """Codes 0, 1 and 2 uint8, five in a byte [R, ceil(N / 5)]: the code of element 5 k + n counts 3**n in byte k."""
+    fives = torch.nn.functional.pad(codes_RN, (0, -codes_RN.shape[1] % 5)).reshape(len(codes_RN), -1, 5)
+    packed = fives[:, :, 4].clone()
+    for element in (3, 2, 1, 0):
+        packed.mul_(3).add_(fives[:, :, element])
+    return packed
+
+
+def unpack_trits(packed_RB: Tensor, count: int) -> Tensor:
+    """The codes [R, count] uint8 of bytes that `pack_trits` wrote. Raises ValueError for a byte above 242."""
+    if packed_RB.numel() and int(packed_RB.max()) >= 3**5:
+        raise ValueError(f"{int(packed_RB.max())} is no five digits of base 3")
+    codes = torch.stack([packed_RB // 3**element % 3 for element in range(5)], 2)
+    return codes.reshape(len(packed_RB), -1)[:, :count].contiguous()

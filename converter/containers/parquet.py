@@ -27,15 +27,15 @@ from converter.architecture import Architecture
 from converter.caches import CacheRounding
 from converter.containers import ArtifactPlan, Parts, TensorPlan
 from converter.containers.parquet_file import ParquetWriter
+from converter.containers.parquet_layout import grid_of
 from converter.containers.parquet_rows import (
     BLOBS,
-    COLUMNS,
     Chunk,
     chunks,
+    columns_for,
     decode_rows,
     encode_row,
     planned_row,
-    row_grid,
     row_shape,
 )
 from converter.containers.selection import choose, float_dtype
@@ -43,6 +43,7 @@ from converter.containers.small_files import copy_small_files, original_config
 from converter.errors import SourceError, UnsupportedError
 from converter.grids import Grid
 from converter.grids.affine import AffineGrid
+from converter.grids.micro import MicroGrid
 from converter.grids.plain import PlainGrid
 from converter.manifest import Target
 from converter.schemes import Activations
@@ -72,10 +73,10 @@ class Parquet:
             what = f"{snapshot.repo} holds no floating-point tensor"
             raise UnsupportedError(f"target {target.name}", what, "Choose a model with weights")
         tensors.sort(key=lambda tensor: (-1 if tensor.block is None else tensor.block, tensor.name))
-        files = _layout(tensors)
+        files, grids = _layout(tensors), [tensor.grid for tensor in tensors]
         sizes = {}
         for file, groups in files.items():
-            counter = ParquetWriter(None, COLUMNS, _metadata(snapshot))
+            counter = ParquetWriter(None, columns_for(grids), _metadata(snapshot))
             for group in groups:
                 counter.write_row_group([planned_row(chunk, _dtype(snapshot, chunk)) for chunk in group])
             sizes[file] = counter.close()
@@ -99,9 +100,10 @@ class Parquet:
             config = {key: value for key, value in original_config(snapshot).items() if key != "quantization_config"}
             (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
         last: tuple[str, Mapping[str, Tensor]] = ("", {})
+        columns = columns_for(tensor.grid for tensor in plan.tensors)
         for file, groups in _layout(plan.tensors).items():
             with (folder / file).open("wb") as out:
-                writer = ParquetWriter(out, COLUMNS, _metadata(snapshot), _compress)
+                writer = ParquetWriter(out, columns, _metadata(snapshot), _compress)
                 for group in groups:
                     rows = []
                     for chunk in group:
@@ -118,11 +120,12 @@ class Parquet:
 
 def _plan_tensor(name: str, shape: tuple[int, ...], dtype: str, block: int | None, target: Target) -> TensorPlan:
     choice = choose(target, name)
-    quantized = len(shape) == 2 and not choice.keep
-    scale_dtype = "F16" if dtype == "F16" else "BF16"
     grid: Grid = PlainGrid(dtype=choice.keep or dtype)
-    if quantized:
-        grid = choice.grid(group_size=choice.target.group_size, scale_dtype=scale_dtype)
+    fallback = f"kept: {len(shape)} dimensions, only tables of 2 are rounded" if len(shape) > 2 else ""
+    if len(shape) == 2 and not choice.keep:
+        chosen = choice.grid(group_size=choice.target.group_size, scale_dtype="F16" if dtype == "F16" else "BF16")
+        fallback = _unfit(chosen, shape)
+        grid = grid if fallback else chosen
     tensor = TensorPlan(
         name=name,
         source=name,
@@ -130,10 +133,17 @@ def _plan_tensor(name: str, shape: tuple[int, ...], dtype: str, block: int | Non
         grid=grid,
         block=block,
         size_bytes=0,
-        quantized=quantized,
-        fallback=f"kept: {len(shape)} dimensions, only tables of 2 are rounded" if len(shape) > 2 else "",
+        quantized=not isinstance(grid, PlainGrid),
+        fallback=fallback,
     )
-    return replace(tensor, size_bytes=sum(sum(chunk.sizes) for chunk in chunks(tensor, 0)))
+    return replace(tensor, size_bytes=sum(chunk.size_bytes for chunk in chunks(tensor, 0)))
+
+
+def _unfit(grid: Grid, shape: tuple[int, ...]) -> str:
+    """Why a table of this shape keeps its floating point; empty where it does not."""
+    if isinstance(grid, MicroGrid) and shape[1] % grid.group_size:
+        return f"kept: rows of {shape[1]} values do not fill groups of {grid.group_size}"
+    return "kept: it is empty" if not isinstance(grid, AffineGrid) and 0 in shape else ""
 
 
 def _layout(tensors: Sequence[TensorPlan]) -> dict[str, list[list[Chunk]]]:
@@ -144,7 +154,7 @@ def _layout(tensors: Sequence[TensorPlan]) -> dict[str, list[list[Chunk]]]:
     for layer, tensor in enumerate(tensors):
         for chunk in chunks(tensor, layer):
             group.append(chunk)
-            group_bytes += sum(chunk.sizes)
+            group_bytes += chunk.size_bytes
             if group_bytes >= GROUP_BYTES:
                 if files[-1] and file_bytes + group_bytes > FILE_BYTES:
                     files.append([])
@@ -166,7 +176,7 @@ def _pays(group: Sequence[Chunk]) -> bool:
     codes that share one scale per tensor 1.23x; but codes fitted by least squares only 1.07 to 1.11x, which is not
     worth reading seven times as slowly and a size that is planned as an upper bound.
     """
-    sizes = [(sum(chunk.sizes), _compressible(chunk.tensor.grid)) for chunk in group]
+    sizes = [(chunk.size_bytes, _compressible(chunk.tensor.grid)) for chunk in group]
     total = sum(size for size, _ in sizes)
     return total >= ZSTD_FROM_BYTES and 2 * sum(size for size, pays in sizes if pays) > total
 
@@ -230,9 +240,9 @@ class OpenedParquet:
     def stored(self, name: str) -> tuple[str, int]:
         """The type and the bytes before compression."""
         first = self.places[name][0].facts
-        grid, shape = row_grid(first), row_shape(first)
+        grid, shape = grid_of(first), row_shape(first)
         stand_in = TensorPlan(name=name, source=name, shape=shape, grid=grid, block=None, size_bytes=0, quantized=False)
-        return grid.name, sum(sum(chunk.sizes) for chunk in chunks(stand_in, 0))
+        return grid.name, sum(chunk.size_bytes for chunk in chunks(stand_in, 0))
 
     def activations(self, name: str) -> Activations | None:
         return None

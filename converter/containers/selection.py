@@ -13,9 +13,11 @@ from converter.grids import Grid
 from converter.grids.affine import AffineGrid
 from converter.grids.codebook import CodebookGrid
 from converter.grids.floats import Fp8Grid
+from converter.grids.kmeans import KMeansGrid
+from converter.grids.levels import LevelGrid
 from converter.grids.micro import MicroGrid
 from converter.grids.plain import DTYPES
-from converter.schemes import SCHEMES, Scheme
+from converter.schemes import SCHEMES, Granularity, Scheme
 
 if TYPE_CHECKING:
     from converter.manifest import Target
@@ -37,7 +39,7 @@ class Choice:
     scheme: Scheme
 
     def grid(self, *, group_size: int | None, scale_dtype: str) -> Grid:
-        """The grid; of integers with groups of `group_size` columns, where None keeps another granularity."""
+        """The grid; integers and levels in groups of `group_size` columns, where None keeps another granularity."""
         scheme, granularity = self.scheme, self.target.granularity or "channel"
         match scheme.values:
             case "e4m3" | "e5m2":
@@ -45,12 +47,25 @@ class Choice:
                 return Fp8Grid(values=scheme.values, granularity=granularity, block=block, scale_dtype=scale_dtype)
             case "nvfp4" | "mxfp4" | "mxfp8":
                 return MicroGrid(values=scheme.values)
-            case "nf4" | "fp4":
+            case "nf4" | "fp4" if not scheme.scale_bits:
                 return CodebookGrid(values=scheme.values, block=group_size or 64, dtype=scale_dtype)
+            case "kmeans":
+                return KMeansGrid(bits=scheme.bits, group_size=group_size, levels_dtype=scale_dtype)
+            case "int":
+                return self._integers(group_size, granularity, scale_dtype)
+        return LevelGrid(
+            values=scheme.values,
+            group_size=group_size,
+            offset=scheme.offset,
+            scale_bits=scheme.scale_bits,
+            scale_dtype=scale_dtype,
+        )
+
+    def _integers(self, group_size: int | None, granularity: Granularity, scale_dtype: str) -> AffineGrid:
         if granularity == "group" and group_size is None:
             granularity = "channel"
         return AffineGrid(
-            bits=scheme.bits,
+            bits=self.scheme.bits,
             symmetric=bool(self.target.symmetric),
             group_size=group_size if granularity == "group" else None,
             granularity=granularity,

@@ -21,6 +21,7 @@ from converter.architecture import Folding
 from converter.errors import NumericsError
 from converter.grids import Grid, observers
 from converter.grids.affine import AffineGrid
+from converter.grids.levels import LevelGrid
 from converter.methods import Block, Options
 from converter.methods.folding import fold, rows_of, scaled_by
 from converter.methods.rtn import importance_of, is_quantized, nearest
@@ -119,7 +120,7 @@ def weight_part(weights: Sequence[Tensor], grids: Sequence[Grid]) -> Tensor:
     total_I = torch.zeros(weights[0].shape[1])
     for weight_OI, grid in zip(weights, grids, strict=True):
         columns = weight_OI.shape[1]
-        size = grid.columns_per_scale(columns) if isinstance(grid, AffineGrid) else columns
+        size = grid.columns_per_scale(columns) if isinstance(grid, AffineGrid | LevelGrid) else columns
         size_OGN = observers.grouped(weight_OI.float().abs(), size)
         share_OGN = size_OGN / size_OGN.amax(2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         total_I += share_OGN.sum(0).flatten()[:columns]
