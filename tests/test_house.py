@@ -57,6 +57,7 @@ PURE = (
     "converter/methods/",
     "converter/compare/metrics.py",
     "converter/containers/packing.py",
+    "converter/containers/parquet_layout.py",
     "converter/containers/parquet_rows.py",
     "converter/containers/selection.py",
     "converter/containers/gguf/choice.py",

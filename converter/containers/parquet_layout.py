@@ -185,13 +185,13 @@ def facts_of(grid: Grid, columns: int) -> dict[str, Any]:
     """What a row says of its grid; `grid_of` is the inverse."""
     stored = {} if isinstance(grid, PlainGrid) else {one.column: one for one in layout(grid, columns)}
     by_row = bool(stored) and not all(one.shared for one in stored.values() if one.column in ("scales", "levels"))
-    group_size = 0 if isinstance(grid, PlainGrid | Fp8Grid) else grid.group_size or 0
+    grouped = grid.group_size if isinstance(grid, AffineGrid | LevelGrid | KMeansGrid | MicroGrid) else None
     return {
         "quant_type": _kind(grid),
         "bits": bits_of(grid),
         "packing": stored["data"].packing if stored else "none",
         "quant_axis": 0 if by_row else -1,
-        "group_size": group_size,
+        "group_size": grouped or 0,
         **{
             f"{column}_dtype": _dtype_name(stored.get(column))
             for column in ("scales", "zero_points", "offsets", "units")
