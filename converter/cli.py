@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
@@ -53,6 +53,7 @@ class Device(StrEnum):
     AUTO = "auto"
 
 
+NOTHING_TO_DO = "nothing to do: every artifact is there and its sources are unchanged"
 DEVICE = Annotated[Device, typer.Option(help="What blocks run on; auto takes a GPU when there is one.")]
 
 
@@ -148,20 +149,38 @@ def convert(
     json: JSON = False,
 ) -> None:
     """Convert, measure, compare and publish; what is done already is not done again."""
-    from jobs import convert as run_module
-
     if address and executor is Executor.INPROCESS:
         raise ManifestError(("--address: --executor inprocess uses no cluster. Leave one of the two out.",))
+    if not only and _nothing_to_do(manifest, out, device, json):
+        raise typer.Exit(0)
+    from jobs import convert as run_module
+
     run = _run(manifest, out, executor=executor, address=address, only=only, device=device, skip=skip_unsupported)
     with _shown(json) as display:
         result = run_module.convert(run, display)
     if not json:
         _print_result(result.rows)
         if not result.tasks_run:
-            print_line("nothing to do: every artifact is there and its sources are unchanged")
+            print_line(NOTHING_TO_DO)
         print_line(f"results: {run.store.run}/report.html")
         _print_failures(result)
     raise typer.Exit(result.exit_code)
+
+
+def _nothing_to_do(manifest: Path, out: Path, device: Device, json: bool) -> bool:
+    """Whether an earlier run did all of this and nothing has changed since; then it is told, and noted in its log."""
+    from jobs import events, settled
+
+    loaded = manifests.load(manifest)
+    store = Store(run=(out / loaded.name).absolute())
+    if not settled.unchanged(store, loaded, device.value, print_error):
+        return False
+    with _shown(json) as display:
+        ending = progress.Event(task=events.RUN, subject=loaded.name, state="done", title="run", fraction=1.0)
+        events.say(store, display.show, replace(ending, note=NOTHING_TO_DO))
+    if not json:
+        print_line(f"results: {store.run}/report.html")
+    return True
 
 
 @app.command()

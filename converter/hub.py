@@ -27,7 +27,7 @@ from converter.containers.gguf import source as gguf_source
 from converter.containers.gguf.header import HEAD_LIMIT_BYTES, Head, HeadIncompleteError
 from converter.errors import SourceError
 from converter.folder import check_path, matches
-from converter.hub_calls import TIMEOUT, Patience, Tell, api, explained, hush, patiently, session, together
+from converter.hub_calls import COMMIT, TIMEOUT, Patience, Tell, api, explained, hush, patiently, session, together
 from converter.packed import Packed
 from converter.publish import Kind
 from converter.source import Header, Snapshot, header_length, is_gguf, open_folder, parse_header, survey, travels
@@ -36,7 +36,6 @@ FIRST_READ_BYTES = 100_000  # holds the whole header of nearly every shard, whic
 GGUF_FIRST_READ_BYTES = 1 << 20  # a vocabulary of 128k tokens with its merges takes about 6 MB
 CHUNK_BYTES = 1 << 20
 LISTING = ".listing.json"  # beside the files of a commit
-COMMIT = re.compile("[0-9a-f]{40}")
 HIDDEN = re.compile(r"(^|/)\.(?!\.?(/|$))")  # .gitattributes, but not "..", which is refused and not left out
 Report = Callable[[int], None]  # told the number of bytes that just arrived
 

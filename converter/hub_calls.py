@@ -44,6 +44,7 @@ LONGEST_COMMIT_WAIT = 3700.0  # commits are limited by the hour
 TIMEOUT = 30.0  # to connect, and between two pieces of a file
 ANSWER_TIMEOUT = 300.0  # for an answer that takes work: a large commit, an upload put together from its parts
 TOGETHER = 4  # requests in flight
+COMMIT = re.compile("[0-9a-f]{40}")
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
 FAULTS = (
     HfHubHTTPError,
@@ -80,6 +81,19 @@ def api(endpoint: str | None, token: str | None) -> HfApi:
     """The client's calls, with limits in time. Arguments that are None come from the environment."""
     _set_limits()
     return HfApi(endpoint=endpoint, token=token)
+
+
+def head(repo: str, kind: str, revision: str | None, patience: Patience) -> str:
+    """The commit that a revision (None: the main branch) of a repo means now; a commit means itself.
+
+    Raises SourceError.
+    """
+    if revision and COMMIT.fullmatch(revision):
+        return revision
+    with explained(repo, repo, None):
+        client = api(None, None)
+        info = patiently(lambda: client.repo_info(repo, revision=revision, repo_type=kind, timeout=TIMEOUT), patience)
+    return str(info.sha)
 
 
 def session() -> httpx.Client:

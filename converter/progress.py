@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol
 
 from rich.console import Console
@@ -25,7 +25,8 @@ State = Literal["start", "running", "done", "failed", "skipped", "note"]
 class Event:
     """One thing that happened. task: its key. subject: the job it belongs to, model/target, or the model.
 
-    fraction: how far the job's whole work is, 0 to 1. note: error, fallback or figure, in words.
+    fraction: how far the job's whole work is, 0 to 1. note: error, fallback or figure, in words. counts: of a plan, how
+    many tasks of each kind it asks for.
     """
 
     task: str
@@ -36,6 +37,7 @@ class Event:
     peak_bytes: int = 0
     fraction: float = 0.0
     note: str = ""
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 class Display(Protocol):
@@ -51,7 +53,7 @@ class JsonLines:
 
     def show(self, event: Event) -> None:
         if event.state != "running":
-            filled = {key: value for key, value in asdict(event).items() if value not in ("", 0, 0.0)}
+            filled = {key: value for key, value in asdict(event).items() if value}
             sys.stdout.write(json.dumps(filled, ensure_ascii=False) + "\n")
             sys.stdout.flush()
 

@@ -7,27 +7,31 @@ failed, so a night that half worked is half done and says which half.
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from converter.compare import report, tables
 from converter.errors import HubmillError, ManifestError, UnsupportedError
 from converter.hub_calls import Tell, hush
 from converter.lock import lock_text, portable, read_lock
 from converter.manifest import Job, Manifest
 from converter.progress import Display, Event
 from converter.source import Snapshot
-from jobs import keep
-from jobs.drive import Executor, InProcess, Progress, Show, drive, say
+from jobs import events, keep, settled
+from jobs.drive import Executor, InProcess, Progress, drive
+from jobs.events import Show
 from jobs.lease import held
 from jobs.prepare import Prepared, Room, keep_problems, prepare, room, shortages, unreachable, unwritable
+from jobs.results import write_results
 from jobs.steps import open_hub
-from jobs.store import DamagedError, Store, file_sha256, write_json, write_text
+from jobs.store import DamagedError, Store, file_sha256, write_text
 from jobs.task import Graph, Task
 from jobs.work import Work
 
@@ -147,39 +151,77 @@ def plan(run: Run, tell: Tell = hush) -> Ready:
 def convert(run: Run, display: Display) -> Result:
     """Do what the manifest says. Raises Refused before anything is written when it cannot be done."""
     check_owner(run)
-    planning = Event(task="plan", subject=run.manifest.name, state="start", title="plan")
+    began = time.monotonic()
+    planning = Event(task=events.PLAN, subject=run.manifest.name, state="start", title="plan")
     display.show(planning)
     ready = plan(run, lambda note: display.show(replace(planning, state="note", note=note)))
     if ready.reasons:
         others = bool(ready.prepared.plan.jobs) and bool(ready.prepared.problems) and not run.skip_unsupported
         hint = ("Nothing was started. --skip-unsupported leaves out what cannot be done and does the rest.",)
         raise Refused((*ready.reasons, *(hint if others else ())))
-    store, prepared, graph = run.store, ready.prepared, ready.prepared.plan.graph
+    store, graph = run.store, ready.prepared.plan.graph
     with only_run(store, display.show) as show:
-        say(store, show, replace(planning, state="done", fraction=1.0))
-        facts = {job.subject: {"files": dict(job.artifact.files)} for job in prepared.plan.jobs}
-        write_text(store.run / "manifest.lock.yaml", lock_text(prepared.manifest, prepared.commits, facts))
-        write_text(store.owner, str(run.manifest.path.absolute()))
-        state = Progress(done=set(ready.done))
-        store.sweep()
-        for key in graph.leftover(ready.done):
-            store.forget(key)
-        if ready.needed:
-            for key in ready.needed:
-                store.forget(key)  # what is there under this key is damaged: a finished, whole one is not needed
-            executor = _executor(run, ready.room)
-            try:
-                executor.check([graph.tasks[key] for key in ready.needed], store)
-                state = drive(graph, ready.needed, ready.done, executor, store, show)
-            finally:
-                executor.close()
-        if not run.only and not prepared.problems and not state.failed:
-            for key in store.done() - set(graph.tasks):
-                store.forget(key)  # of earlier settings, commits or versions: nothing will ask for it again
-        rows = [_row(store, job, prepared, state) for job in run.manifest.jobs()]
-        write_comparison(replace(run, manifest=prepared.manifest), rows, _measured(graph, state, store))
+        events.put_aside(store)
+        counts = dict(Counter(str(graph.tasks[key].kind) for key in ready.needed))
+        events.say(store, show, replace(planning, state="done", fraction=1.0, counts=counts))
+        ending = Event(task=events.RUN, subject=run.manifest.name, state="failed", title="run", fraction=1.0)
+        try:
+            result = _work(run, ready, show)
+        except BaseException as error:
+            why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            with suppress(UnsupportedError):  # of a folder that was lost, whose log is another run's
+                events.say(store, show, replace(ending, seconds=round(time.monotonic() - began, 3), note=why))
+            raise
+        ending = replace(ending, seconds=round(time.monotonic() - began, 3))
+        if result.exit_code:
+            events.say(store, show, replace(ending, note=f"{len(result.failures)} tasks failed"))
+        else:
+            events.say(store, show, replace(ending, state="done"))
+    return result
+
+
+def _work(run: Run, ready: Ready, show: Show) -> Result:
+    """Run the tasks that a plan found needed, and write what came of them; the run's folder is held meanwhile."""
+    store, prepared, graph = run.store, ready.prepared, ready.prepared.plan.graph
+    depends = _depends(run, prepared)
+    store.settled.unlink(missing_ok=True)
+    facts = {job.subject: {"files": dict(job.artifact.files)} for job in prepared.plan.jobs}
+    write_text(store.run / "manifest.lock.yaml", lock_text(prepared.manifest, prepared.commits, facts))
+    write_text(store.owner, str(run.manifest.path.absolute()))
+    state = Progress(done=set(ready.done))
+    store.sweep()
+    for key in graph.leftover(ready.done):
+        store.forget(key)
+    if ready.needed:
+        for key in ready.needed:
+            store.forget(key)  # what is there under this key is damaged: a finished, whole one is not needed
+        executor = _executor(run, ready.room)
+        try:
+            executor.check([graph.tasks[key] for key in ready.needed], store)
+            state = drive(graph, ready.needed, ready.done, executor, store, show)
+        finally:
+            executor.close()
+    if not run.only and not prepared.problems and not state.failed:
+        for key in store.done() - set(graph.tasks):
+            store.forget(key)  # of earlier settings, commits or versions: nothing will ask for it again
+    rows = write_results(prepared, state, store)
     failures = tuple((graph.tasks[key].title, error) for key, error in state.failed.items())
-    return Result(rows=tuple(rows), failures=failures, tasks_run=len(ready.needed))
+    result = Result(rows=tuple(rows), failures=failures, tasks_run=len(ready.needed))
+    if depends and not run.only and not prepared.problems and not result.exit_code:
+        settled.note(store, depends)
+    return result
+
+
+def _depends(run: Run, prepared: Prepared) -> dict[str, Any]:
+    """What this run depends on, at the commits it was planned with; empty when that cannot be told."""
+    commits = {model.source: prepared.commits.get(model.name, "") for model in run.manifest.models}
+    for section in ("calibration", "evaluation"):
+        text, pinned = (getattr(manifest, section).text for manifest in (run.manifest, prepared.manifest))
+        commits[text] = pinned.partition("#")[0].rpartition("@")[2]
+    try:
+        return settled.depends(run.manifest, run.device, commits.__getitem__)
+    except (OSError, PackageNotFoundError):  # a checkout that was never installed, for one
+        return {}
 
 
 def publish(run: Run, display: Display) -> Result:
@@ -312,65 +354,3 @@ def _has(folder: Path, files: Sequence[Mapping[str, Any]], changed_ns: Mapping[s
         if touched and file_sha256(path) != item["sha256"]:
             return False
     return True
-
-
-def _measured(graph: Graph, state: Progress, store: Store) -> dict[str, dict[str, Any]]:
-    """The evaluation records of finished jobs, by model/target."""
-    return {
-        task.subject: store.record(key)
-        for key, task in graph.tasks.items()
-        if task.kind == "evaluate" and key in state.done
-    }
-
-
-def _row(store: Store, job: Job, prepared: Prepared, state: Progress) -> dict[str, Any]:
-    """The job's row of the comparison, whatever became of it."""
-    row = {"model": job.model.name, "target": job.target.name, "format": job.target.format}
-    if job.key in prepared.problems:
-        return row | {"status": "skipped", "error": prepared.problems[job.key]}
-    graph = prepared.plan.graph
-    finish = next(key for key, task in graph.tasks.items() if task.kind == "finish" and task.subject == job.key)
-    if finish in state.done:
-        done: dict[str, Any] = store.record(finish)["row"]
-        return done
-    for key, error in state.failed.items():
-        if key == finish or finish in graph.dependents(key):
-            return row | {"status": "failed", "error": error}
-    return row | {"status": "skipped", "error": "left out by --only and not made before"}
-
-
-def write_comparison(run: Run, rows: Sequence[dict[str, Any]], measured: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write comparison.json, the two Parquet tables, the report and its picture into the run's folder."""
-    folder = run.store.run
-    sources = _sources(run.manifest, rows)
-    texts = {
-        "calibration": run.manifest.calibration.model_dump(mode="json", exclude={"keep"}),
-        "evaluation": run.manifest.evaluation.model_dump(mode="json"),
-    }
-    content = tables.comparison(run.manifest.name, sources, rows, texts)
-    tensors = [
-        {"model": subject.rpartition("/")[0], "target": subject.rpartition("/")[2]} | dict(tensor)
-        for subject, record in measured.items()
-        for tensor in record["tensors"]
-    ]
-    blocks = {
-        (subject.rpartition("/")[0], subject.rpartition("/")[2]): record["blocks"]
-        for subject, record in measured.items()
-    }
-    tables.write_table(tables.artifact_table(rows), folder / "comparison.parquet")
-    tables.write_table(tables.tensor_table(tensors), folder / "tensors.parquet")
-    write_text(folder / "report.html", report.report_html(content, tensors, blocks))
-    write_text(folder / "comparison.svg", report.comparison_svg(content))
-    write_json(folder / "comparison.json", content)
-
-
-def _sources(manifest: Manifest, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The originals with their own figures, one a model."""
-    found: dict[str, dict[str, Any]] = {
-        job.model.name: {"model": job.model.name, "source": job.model.source.partition(":")[0]}
-        for job in manifest.jobs()
-    }
-    for row in rows:
-        if row["status"] == "done":
-            found[row["model"]] |= row["source"]
-    return list(found.values())

@@ -10,15 +10,15 @@ then the step. A disk that damages the same result again and again is one.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
 from converter.hub_calls import Tell
 from converter.progress import Event
+from jobs.events import Show, say
 from jobs.outcome import Outcome
 from jobs.steps import run
 from jobs.store import Store
@@ -93,9 +93,6 @@ class Progress:
     def will_read(self, key: str) -> bool:
         """Whether this task, as far as this run goes, has yet to read what it reads; a failed one is tried again."""
         return key in self.failed or (key in self.needed and not self.settled(key))
-
-
-Show = Callable[[Event], None]
 
 
 def drive(
@@ -255,11 +252,3 @@ def _event(
 
 def _why(state: Progress, key: str) -> str:
     return f"left out, because {state.skipped[key]} failed" if key in state.skipped else ""
-
-
-def say(store: Store, show: Show, event: Event) -> None:
-    """Show an event and add it to the run's log, a line of JSON each, so that `hubmill status` needs no driver."""
-    store.events.parent.mkdir(parents=True, exist_ok=True)
-    with store.events.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": round(time.time(), 3)} | asdict(event), ensure_ascii=False) + "\n")
-    show(event)

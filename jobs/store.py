@@ -6,6 +6,7 @@
     events.jsonl        everything that happened, a line each
     manifest            the path of the manifest that all of this belongs to
     lease               held by the run that is working here, see lease.py
+    settled.json        after a run that did everything: what it depended on and what it wrote
     locks/              held while an artifact is put under its final name
 
 A finished task is one rename, so a reader never sees half of one, and a task that runs twice is harmless: the second
@@ -65,6 +66,11 @@ class Store:
     def lease(self) -> Path:
         """Held by the run that works here."""
         return self.work / "lease"
+
+    @property
+    def settled(self) -> Path:
+        """Notes of a run that did everything its manifest asks for."""
+        return self.work / "settled.json"
 
     @property
     def downloads(self) -> Path:

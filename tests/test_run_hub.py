@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from converter.calibration import digest
+from converter.cli import NOTHING_TO_DO
 from converter.manifest import load
 from hub_server import WRITER, HubServer, hub_server
 from jobs.planner import Work
@@ -88,9 +89,16 @@ def test_a_model_goes_from_hub_to_hub_once_and_follows_new_commits(
     assert "base_model: owner/small" in (run / "small" / "q8-0" / "README.md").read_text().replace('"', "")
     commits = len(hub_server.requests("POST", "/commit/"))
 
+    asked = len(hub_server.log)
     again = hubmill(hub_server, *arguments)
     assert again.returncode == 0
-    assert '"publish-' not in again.stdout and '"fetch-' not in again.stdout, "nothing is done twice"
+    assert [json.loads(line)["note"] for line in again.stdout.splitlines()] == [NOTHING_TO_DO]
+    paths = [entry.path for entry in hub_server.log[asked:] if "agent-harnesses" not in entry.path]  # the client's own
+    assert paths == ["/api/models/owner/small/revision/main"], "the hub is asked for the commit, and nothing else"
+    (run / ".work" / "settled.json").unlink()
+    planned = hubmill(hub_server, *arguments)
+    assert planned.returncode == 0
+    assert '"publish-' not in planned.stdout and '"fetch-' not in planned.stdout, "nothing is done twice"
     assert len(hub_server.requests("POST", "/commit/")) == commits
 
     newer = write_model(tmp_path / "newer", seed=5)
