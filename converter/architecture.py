@@ -129,6 +129,8 @@ class Architecture:
     gives it, is of this family; GGUF takes that alone.
 
     residual: what reads the residual stream and adds to it, by entries as written in the YAML; see inner_residual.
+    middles: by tap, the linears beside each other whose rows make its columns, one row of each (or, of a linear that is
+    several in one, of each part) a column: so columns may change places with their rows.
 
     decoder: what the blocks of a second stack begin with, in models of an encoder and a decoder; they are numbered on
     behind the encoder's. longest: a formula over config.json for the most tokens of a sequence, where more cannot run.
@@ -149,6 +151,7 @@ class Architecture:
     head: str
     gguf: Mapping[str, Any] | None
     residual: Residual
+    middles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     experts: Experts | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
     runs: Runs = "decoder"
@@ -283,7 +286,7 @@ class Architecture:
             raise SourceError(where, what, "Complete config.json from the model's original")
         experts = replace(self.experts, count=count)
         gate, up, down = experts.linears
-        taps = list(self.taps)
+        taps, middles = list(self.taps), dict(self.middles)
         foldings = [folding for folding in self.foldings if "{e}" not in folding.tap]
         for e in range(count):
             own = f"{experts.module}.{e}"
@@ -294,7 +297,8 @@ class Architecture:
             ]
             taps.append(Tap(name=f"{EXPERT_INPUT}.{e}", linears=(f"{own}.{gate}", f"{own}.{up}")))
             taps.append(Tap(name=f"{EXPERT_MIDDLE}.{e}", linears=(f"{own}.{down}",)))
-        return replace(self, experts=experts, taps=tuple(taps), foldings=tuple(foldings))
+            middles[f"{EXPERT_MIDDLE}.{e}"] = f"{own}.{gate}", f"{own}.{up}"
+        return replace(self, experts=experts, taps=tuple(taps), foldings=tuple(foldings), middles=middles)
 
 
 def _of_case(section: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -387,6 +391,7 @@ def parse(name: str, data: Mapping[str, Any]) -> Architecture:
         head=data.get("head", "" if data.get("runs") == "encoder" else "lm_head"),
         gguf=data.get("gguf"),
         residual=parse_residual(data["residual"]),
+        middles={tap: tuple(linears) for tap, linears in data.get("middles", {}).items()},
         experts=_experts(data["experts"]) if "experts" in data else None,
         renamed=data.get("renamed", {}),
         runs=data.get("runs", "decoder"),

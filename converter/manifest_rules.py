@@ -129,9 +129,10 @@ def _check_methods(target: Target) -> Iterator[Finding]:
         if target.kv_cache and CACHES[target.kv_cache].how.values == "int":
             what = "a fixed range of values needs to be known exactly, and behind a rotation there is only a bound"
             yield Finding(at=("kv_cache",), needs=("method",), what=what, remedy="Write kv_cache: FP8, or remove it")
-        if target.imatrix_file:
-            what = "an imatrix file is of the model's own columns, and a rotation mixes them"
-            yield Finding(at=("imatrix",), needs=("method",), what=what, remedy="Write imatrix: true, or remove it")
+    moving = [method for method in target.methods if method in ("rotation", "reorder")]
+    if target.imatrix_file and moving:
+        what = f"an imatrix file is of the model's own columns, and {moving[0]} moves them"
+        yield Finding(at=("imatrix",), needs=("method",), what=what, remedy="Write imatrix: true, or remove it")
     for field, method in METHOD_OF_FIELD.items():
         if field in target.model_fields_set and method not in target.methods:
             what = f"{field} has no effect without {method}"

@@ -113,6 +113,7 @@ COMPRESSED_TENSORS_SCHEMES = {
     "W8A8": Scheme(bits=8, activations=TOKEN_INT8),
     "W8A8_STATIC": Scheme(bits=8, activations=replace(TOKEN_INT8, static=True)),
     "W8A8_STATIC_ASYM": Scheme(bits=8, activations=replace(TOKEN_INT8, static=True, symmetric=False)),
+    "W8A8_GROUP": Scheme(bits=8, group_size=128, activations=replace(TOKEN_INT8, group_size=128)),
     "W4A8": Scheme(bits=4, group_size=128, activations=TOKEN_INT8),
     "FP8": Scheme(bits=8, values="e4m3", tensor=True, activations=replace(TOKEN_FP8, static=True)),
     "FP8_DYNAMIC": Scheme(bits=8, values="e4m3", activations=TOKEN_FP8),
@@ -204,7 +205,9 @@ STORES: dict[str, tuple[str, ...]] = {
     "gguf": (*GGUF_TYPES, *GGUF_ALIASES),
     **{format: tuple(schemes) for format, schemes in SCHEMES.items()},
 }
-TRANSFORMS = ("smoothquant", "awq", "rotation")
+TRANSFORMS = ("smoothquant", "awq", "rotation", "reorder")
 ROUNDERS = ("rtn", "gptq")
-# In a GGUF file, rtn is the search of its type. Scales moved into norms were not tried there; a rotation is merged.
-METHODS: dict[str, tuple[str, ...]] = {"gguf": ("rotation", *ROUNDERS)} | dict.fromkeys(SCHEMES, TRANSFORMS + ROUNDERS)
+# In a GGUF file, rtn is the search of its type. Scales moved into norms were not tried there; the others are merged.
+METHODS: dict[str, tuple[str, ...]] = {"gguf": ("rotation", "reorder", *ROUNDERS)} | dict.fromkeys(
+    SCHEMES, TRANSFORMS + ROUNDERS
+)

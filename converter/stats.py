@@ -108,6 +108,21 @@ class TapStats:
             return self.histogram
         return histogram.divided(self.histogram, column_scale) if len(self.histogram) == len(column_scale) else None
 
+    def reordered(self, order_I: Tensor) -> TapStats:
+        """The statistics of x[order_I], the columns of x in another order."""
+        counted = self.histogram is not None and len(self.histogram) == len(order_I)
+        return TapStats(
+            rows=self.rows,
+            sum_squares=self.sum_squares[order_I],
+            abs_sum=self.abs_sum[order_I],
+            abs_max=self.abs_max[order_I],
+            minimum=self.minimum[order_I],
+            maximum=self.maximum[order_I],
+            gram=None if self.gram is None else self.gram[order_I][:, order_I],
+            drift=None if self.drift is None else self.drift[order_I][:, order_I],
+            histogram=self.histogram[order_I] if self.histogram is not None and counted else self.histogram,
+        )
+
     def turned(self, turn: Callable[[Tensor], Tensor], vectors: int = 1) -> TapStats:
         """The statistics of x R; `turn` multiplies rows [N, I] by an orthogonal R that turns each of `vectors` parts.
 

@@ -16,7 +16,7 @@ from converter.compare import evaluation
 from converter.compare.evaluation import hidden_file
 from converter.hub_calls import Tell
 from converter.manifest import Calibration, Evaluation
-from converter.methods.tables import folds, turns
+from converter.methods.tables import folds, reorders, turns
 from converter.pooling import declared_pooling
 from jobs.store import Report, Store
 from jobs.task import Task
@@ -101,6 +101,7 @@ def original_of(attempt: Attempt, model: Model) -> evaluation.Original:
         architecture=model.architecture,
         foldings=tuple(folding for folding in foldings if target and folds(target.methods, folding)),
         seed=model.snapshot.commit if target and turns(target.methods) else "",
+        reordered=bool(target and reorders(target.methods)),
         copies=model.snapshot.copies,
         names=tuple(model.snapshot.tensors),
         read=partial(read, model),

@@ -21,7 +21,7 @@ from converter.architecture import Architecture
 from converter.hub_calls import TOGETHER
 from converter.manifest import Calibration, Evaluation, Manifest, Target
 from converter.methods import Needs
-from converter.methods.tables import NEEDS, folds, turns
+from converter.methods.tables import NEEDS, folds, reorders, turns
 from converter.stats import Counted
 from jobs import needs
 from jobs.task import RECIPES, Graph, Kind, Resources, Task
@@ -243,6 +243,8 @@ def _quantize_task(
     }
     if job.model.architecture and turns(job.target.methods):
         spec["residual"] = repr(job.model.architecture.residual)
+    if job.model.architecture and reorders(job.target.methods):
+        spec["middles"] = repr(job.model.architecture.middles)
     gram = bool(calibrated) and any(need.gram for need in _needs(job.target))
     drift = gram and job.target.has_chain and any(need.drift for need in _needs(job.target))
     own = replace(
@@ -369,7 +371,8 @@ def _recipes(job: PlannedJob, quantize: Sequence[Task]) -> dict[str, int]:
 
 def _weighs_for_readers(target: Target) -> bool:
     """Whether the importance of columns that the target is weighed by is that of the model as its readers have it."""
-    return target.collects_imatrix and target.format == "gguf" and not turns(target.methods)
+    own_columns = not turns(target.methods) and not reorders(target.methods)
+    return target.collects_imatrix and target.format == "gguf" and own_columns
 
 
 def _needs(target: Target) -> Iterator[Needs]:

@@ -27,7 +27,7 @@ from converter.hub_calls import Tell, hush
 from converter.manifest import Job, Manifest, Target
 from converter.methods import Needs
 from converter.methods.rotation import why_fixed
-from converter.methods.tables import NEEDS, turns
+from converter.methods.tables import NEEDS, reorders, turns
 from converter.packed import packed_notes
 from converter.progress import bytes_text
 from converter.provenance import portable_source
@@ -145,6 +145,9 @@ def _plan_job(manifest: Manifest, job: Job, model: Model) -> PlannedJob:
     if target.has_chain and not model.runs:
         what = "this model is not run block by block, so there is no chain of hidden states to propagate"
         raise UnsupportedError(f"{target.where}: {job.key}", what, "Remove propagate, or write propagate: original")
+    if reorders(target.methods) and model.architecture and not model.architecture.middles:
+        what = f"no columns of the family {model.architecture.name} can change places"
+        raise UnsupportedError(f"{target.where}: {job.key}", what, "Leave reorder out")
     if turned:
         model = _turned(model, f"{target.where}: {job.key}")
     artifact = CONTAINERS[target.format].plan(model.snapshot, model.architecture, target)

@@ -49,6 +49,7 @@ def quantize(attempt: Attempt) -> None:
         taps=inside.taps if inside else (),
         foldings=inside.foldings if inside else (),
         residual=_residual(model, block),
+        middles=inside.middles if inside else {},
     )
     notes: dict[str, str] = {}
     for said in (rare, _dark(work.target, stats)):

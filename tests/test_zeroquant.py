@@ -74,6 +74,22 @@ def test_transformers_computes_what_is_measured(scheme: str, size: int, layout: 
     assert rounding > 1e-3 * loaded.norm()
 
 
+def test_inputs_in_groups_are_those_of_the_weights_and_computed_by_transformers(tmp_path: Path) -> None:
+    write_llama(tmp_path / "model", torch.float32, intermediate=72)
+    _, _, opened = convert(tmp_path / "model", tmp_path / "out", make_target("W8A8_GROUP", group_size=32))
+    simulated = load_weights(tmp_path / "model", opened)
+    weights_only, sizes = logits(simulated), set()
+    for name, module in simulated.named_modules():
+        if how := opened.activations(f"{name}.weight") if f"{name}.weight" in opened.names else None:
+            sizes.add((name.rpartition(".")[2], how.group_size))
+            module.register_forward_pre_hook(lambda _, inputs, how=how: (quantize_inputs(inputs[0], how),))
+    assert {("up_proj", 32), ("q_proj", 32), ("down_proj", None)} <= sizes  # 72 columns are no groups of 32
+    loaded = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    rounding = (logits(simulated) - weights_only).norm()
+    assert (loaded - logits(simulated)).norm() < 0.1 * rounding
+    assert rounding > 1e-3 * loaded.norm()
+
+
 def test_rows_that_groups_do_not_divide_are_stored_beside_them(tmp_path: Path) -> None:
     write_llama(tmp_path / "model", torch.float32, intermediate=72)
     _, plan, opened = convert(tmp_path / "model", tmp_path / "out", make_target("W8A8", group_size=128))

@@ -45,6 +45,7 @@ METHODS: Mapping[str, str] = {
     "smoothquant": "outliers of the activations moved into the weights (SmoothQuant)",
     "awq": "columns that large activations meet stretched before rounding (AWQ)",
     "rotation": "residual stream and values of the heads in a rotated basis, merged into the weights (QuaRot)",
+    "reorder": "columns of like range beside each other in the middle of each MLP, merged into the weights (RPTQ)",
 }
 
 

@@ -35,6 +35,7 @@ from converter.compare.unfolding import unfold
 from converter.containers import Opened
 from converter.errors import NumericsError
 from converter.methods import Block
+from converter.methods.reorder import restored
 from converter.methods.rotation import rotation_of, unrotated
 from converter.pooling import pool
 
@@ -50,7 +51,8 @@ class Original:
     hidden_at: the file of the hidden state in front of a block, see `hidden_file`; None where the original was not run.
     pooling: how an encoder makes one vector of a text, see `pooling.declared_pooling`. foldings: those of the family
     that the artifact's methods may have carried out. seed: what the basis follows from that the artifact's residual
-    stream is in (empty: the original's). copies: names whose bytes another tensor has, too.
+    stream is in (empty: the original's). reordered: whether columns of its middles changed places. copies: names whose
+    bytes another tensor has, too.
     """
 
     architecture: Architecture | None
@@ -60,6 +62,7 @@ class Original:
     pooling: tuple[str, ...] = ()
     foldings: tuple[Folding, ...] = ()
     seed: str = ""
+    reordered: bool = False
     copies: frozenset[str] = frozenset()
 
     def turned(self, hidden: Tensor) -> Tensor:
@@ -179,10 +182,13 @@ def _measure_block(
         tap: {"outlier_ratio": one.ratio if math.isfinite(one.ratio) else None, "outlier_channels": list(one.channels)}
         for tap, one in found.items()
     }
+    undone = copy
     if original.seed:
         undone = unrotated(_whole(architecture, first), copy, original.seed)
-    else:
-        undone = unfold(architecture.taps, original.foldings, first, copy)
+    if original.reordered:
+        undone = restored(_whole(architecture, first), undone)
+    if not original.seed:
+        undone = unfold(architecture.taps, original.foldings, first, undone)
     rows = []
     for name, weight in first.items():
         unfolded = undone[name]
@@ -211,6 +217,7 @@ def _whole(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Block:
         taps=architecture.taps,
         foldings=architecture.foldings,
         residual=architecture.inner_residual,
+        middles=architecture.middles,
     )
 
 

@@ -27,8 +27,10 @@ from converter.containers.selection import Choice, choose, float_dtype, looks_li
 from converter.containers.small_files import copy_small_files, original_config
 from converter.errors import UnsupportedError
 from converter.grids import Grid
+from converter.grids.affine import AffineGrid
 from converter.grids.plain import PlainGrid
 from converter.manifest import Target
+from converter.schemes import Activations
 from converter.source import Header, Snapshot
 
 SMALLER_GROUPS = (64, 32)  # what engines' kernels take, beside 128 and whole rows
@@ -142,7 +144,7 @@ class SafetensorsModel(ABC):
             size_bytes=0,
             quantized=quantized,
             fallback=fallback,
-            activations=choice.scheme.activations if quantized else None,
+            activations=_inputs(choice, grid) if quantized else None,
         )
 
     def _entries(self, tensor: TensorPlan) -> tuple[Entry, ...]:
@@ -154,6 +156,14 @@ class SafetensorsModel(ABC):
     def _files(self, tensors: Sequence[TensorPlan], snapshot: Snapshot) -> tuple[FilePlan, ...]:
         metadata = {"format": "pt", "source": snapshot.repo, "commit": snapshot.commit}
         return plan_files([self._entries(tensor) for tensor in tensors], metadata)
+
+
+def _inputs(choice: Choice, grid: Grid) -> Activations | None:
+    """What happens to the inputs of a linear on this grid: integers in groups share scales as its columns do."""
+    given = choice.scheme.activations
+    if given and given.group_size and isinstance(grid, AffineGrid):
+        return replace(given, group_size=grid.group_size)
+    return given
 
 
 def group_or_fallback(choice: Choice, columns: int) -> tuple[int | None, str]:

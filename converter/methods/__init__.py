@@ -57,7 +57,8 @@ class Block:
     none and for models without a known architecture. where: the block in words, for errors. importance: of the columns
     [I] of the tensors that an imatrix file speaks of; it goes before what the statistics say. notes: by tensor, what a
     transform could not do as asked, for the comparison. residual: what of it touches the residual stream; None where no
-    family is known. rows: to run the block on, for methods that ask for them.
+    family is known. middles: by tap, the linears whose rows make its columns, see Architecture. rows: to run the block
+    on, for methods that ask for them.
     """
 
     where: str
@@ -68,6 +69,7 @@ class Block:
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     residual: Residual | None = None
+    middles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rows: Rows | None = None
 
     def stats_of(self, tensor: str) -> TapStats | None:

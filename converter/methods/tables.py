@@ -8,6 +8,7 @@ from converter.architecture import Folding
 from converter.methods import Needs, Rounder, Transform
 from converter.methods.awq import awq
 from converter.methods.gptq import gptq
+from converter.methods.reorder import reorder
 from converter.methods.rotation import rotation
 from converter.methods.rtn import round_to_nearest
 from converter.methods.smoothquant import smoothquant
@@ -16,6 +17,7 @@ TRANSFORMS: dict[str, Transform] = {
     "smoothquant": smoothquant,
     "awq": awq,
     "rotation": rotation,
+    "reorder": reorder,
 }
 
 ROUNDERS: dict[str, Rounder] = {
@@ -28,6 +30,8 @@ FOLDS_NORMS = ("smoothquant", "awq")
 FOLDS_LINEARS = ("awq",)
 # Those that turn the residual stream, so that a head cannot be the embedding, and hidden states are in another basis.
 TURNS_STREAM = ("rotation",)
+# Those that change the order of columns inside an MLP.
+REORDERS = ("reorder",)
 
 # What a method asks of the calibration pass, given whether the target weighs errors by importance.
 NEEDS: dict[str, Callable[[bool], Needs]] = {
@@ -35,6 +39,7 @@ NEEDS: dict[str, Callable[[bool], Needs]] = {
     "awq": lambda importance: Needs(sums=True, gram=True),
     # What a column's power becomes follows from the Gram matrix alone.
     "rotation": lambda importance: Needs(sums=importance, gram=importance),
+    "reorder": lambda importance: Needs(sums=True),
     "rtn": lambda importance: Needs(sums=importance),
     "gptq": lambda importance: Needs(sums=True, gram=True, drift=True),
 }
@@ -48,3 +53,8 @@ def folds(methods: Sequence[str], folding: Folding) -> bool:
 def turns(methods: Sequence[str]) -> bool:
     """Whether any of the methods turns the residual stream."""
     return bool({*methods} & {*TURNS_STREAM})
+
+
+def reorders(methods: Sequence[str]) -> bool:
+    """Whether any of the methods changes the order of columns inside an MLP."""
+    return bool({*methods} & {*REORDERS})
