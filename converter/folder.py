@@ -25,7 +25,8 @@ HEADER_LIMIT_BYTES = 100_000_000  # of a safetensors header; the limit of its ow
 def list_folder(root: Path, where: str) -> dict[str, int]:
     """Sizes in bytes of all files of a folder by relative path, sorted; hidden files and folders are not seen.
 
-    Raises SourceError for a link that leads out of the folder, except into the blobs of a Hugging Face cache.
+    Raises SourceError for a name that means another place on another system, and for a link that leads out of the
+    folder, except into the blobs of a Hugging Face cache.
     """
     allowed = [root]
     if root.parent.name == "snapshots":  # models--org--name/snapshots/<commit>; blobs are per model, or shared above
@@ -38,13 +39,16 @@ def list_folder(root: Path, where: str) -> dict[str, int]:
                 continue
             path = Path(directory) / name
             relative = path.relative_to(root).as_posix()
-            target = path.resolve()
+            target = Path(
+                os.path.realpath(path)
+            )  # Path.resolve raises RuntimeError for a link round about (Python 3.11)
             if not any(target.is_relative_to(place) for place in allowed):
                 what = f"'{relative}' is a link to a place outside the model's folder"
                 raise SourceError(where, what, "Replace the link by the file itself")
             if path.is_symlink() and not target.exists():
                 raise SourceError(where, f"'{relative}' is a link to nothing", "Fetch it again, or remove the link")
             if target.is_file():
+                check_path(relative, where)
                 sizes[relative] = target.stat().st_size
     return dict(sorted(sizes.items()))
 

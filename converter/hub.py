@@ -28,6 +28,7 @@ from converter.containers.gguf.header import HEAD_LIMIT_BYTES, Head, HeadIncompl
 from converter.errors import SourceError
 from converter.folder import check_path, matches
 from converter.hub_calls import COMMIT, TIMEOUT, Patience, Tell, api, explained, hush, patiently, session, together
+from converter.marks import quoted
 from converter.packed import Packed
 from converter.publish import Kind
 from converter.source import Header, Snapshot, header_length, is_gguf, open_folder, parse_header, survey, travels
@@ -181,6 +182,9 @@ def look(
         patience,
     )
     files = [file for file in info.siblings or [] if not HIDDEN.search(file.rfilename)]
+    if not COMMIT.fullmatch(str(info.sha)):  # which becomes the name of a folder
+        what = f"{client.endpoint} calls the commit {quoted(str(info.sha))}, and commits have 40 hex digits"
+        raise SourceError(repo, what, "Ask who runs that hub")
     return Remote(
         repo=repo,
         kind=kind,

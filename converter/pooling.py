@@ -41,13 +41,15 @@ def declared_pooling(folder: Path, where: str) -> tuple[str, ...]:
     if not place.is_file():
         return ()
     try:
-        modules = load_json(read_small(place, where), where)
+        modules = load_json(read_small(place, where), f"{where}: {place.name}")
         paths = [str(module["path"]) for module in modules if str(module["type"]).endswith("Pooling")]
         if not paths:
             return ()
         if paths[0]:  # as old models have it, pooling's settings stand in the folder itself
             check_path(paths[0], where)
-        settings = load_json(read_small(folder / paths[0] / "config.json", where), where)
+        settings = load_json(
+            read_small(folder / paths[0] / "config.json", where), f"{where}: the pooling's config.json"
+        )
         modes = _modes(settings)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         what = f"modules.json and its pooling's config.json cannot be read: {error}"

@@ -12,8 +12,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 from urllib.parse import quote
+
+from converter.errors import SourceError
+from converter.untrusted import load_json
 
 FILE = "provenance.json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -103,13 +105,13 @@ class Read:
 def read_statement(data: bytes) -> Read | None:
     """What was written by `statement`; None when it is anything else, or damaged."""
     try:
-        content: Any = json.loads(data)
+        content = load_json(data, FILE)
         predicate = content["predicate"]
         parameters = predicate["buildDefinition"]["externalParameters"]
         files = {one["name"]: one["digest"]["sha256"] for one in content["subject"]}
         read = Read(files=files, source=parameters["source"], format=parameters["target"]["format"])
         ours = predicate["runDetails"]["builder"]["id"] == BUILDER and content["predicateType"] == PREDICATE_TYPE
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (SourceError, KeyError, TypeError):
         return None
     texts = [*files, *files.values(), read.source, read.format]
     return read if ours and all(isinstance(text, str) for text in texts) else None

@@ -9,7 +9,6 @@ first, so that what is wrong there is told before gigabytes come.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from converter.containers.tables import CONTAINERS
 from converter.errors import HubmillError, SourceError
 from converter.folder import check_path
 from converter.lock import read_lock
+from converter.untrusted import load_json, read_small
 from jobs.store import Store
 
 Progress = Callable[[str, float], None]  # told what is looked at, and how far all of it is, 0 to 1
@@ -103,7 +103,7 @@ class _Look:
         """One artifact by its own list."""
         self.found.artifacts += 1
         path = folder / provenance.FILE
-        made = provenance.read_statement(path.read_bytes()) if path.is_file() else None
+        made = _statement(path)
         if made is None:
             self.say(path, "is no statement of hubmill, or was damaged", remedy)
             return
@@ -160,7 +160,7 @@ class _Look:
         except HubmillError as error:
             self.add(str(error))
         for name in sorted(name for name in _visible(folder) if name.endswith(".json")):
-            self.readable(folder / name, lambda path: json.loads(path.read_bytes()), remedy)
+            self.readable(folder / name, lambda path: load_json(read_small(path, str(path)), str(path)), remedy)
 
     def readable(self, path: Path, read: Callable[[Path], object], remedy: str = AGAIN) -> None:
         """One file by its reader."""
@@ -193,7 +193,7 @@ class _Look:
             what = f"there is no {provenance.FILE}, so nothing says what should be there"
             raise SourceError(source, what, "Name a repository that hubmill published, or its branch after an @")
         hub.bring_files(remote, [provenance.FILE], folder, source)
-        made = provenance.read_statement((folder / provenance.FILE).read_bytes())
+        made = _statement(folder / provenance.FILE)
         if made is None:
             self.say(f"{source}: {provenance.FILE}", "is no statement of hubmill, or was damaged", "Publish it again")
             return
@@ -211,6 +211,14 @@ class _Look:
 
         hub.bring_files(remote, list(remote.sizes), folder, source, count)
         self.artifact(folder, FETCH)
+
+
+def _statement(path: Path) -> provenance.Read | None:
+    """What a provenance.json says; None when it is missing, or no statement of ours."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return provenance.read_statement(file.read(provenance.LIMIT_BYTES))
 
 
 def hash_file(path: Path, report: Callable[[int], None]) -> str:

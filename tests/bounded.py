@@ -20,14 +20,15 @@ import pytest
 
 from converter.containers.gguf.imatrix import open_imatrix
 from converter.containers.gguf.open import open_file
-from converter.containers.parquet import open_parquet
+from converter.containers.parquet_open import open_parquet
 from converter.errors import HubmillError
 from converter.manifest import load
 from converter.source import open_folder
 from jobs.survey import survey
 from jobs.verify import verify
 
-LIMIT_BYTES = 1 << 30  # beyond what the process takes when it starts
+LIMIT_BYTES = 1 << 30  # of memory that is touched, beyond what the process takes when it starts
+HARD_LIMIT_BYTES = 4 << 30  # of memory that is reserved: Arrow's allocator begins with one GiB
 LIMIT_SECONDS = 20  # a bound of seconds, and room for a busy machine
 
 
@@ -68,7 +69,7 @@ def ask(reader: str, place: Path) -> End:
     """The end of one reader in this process, which it may take with it."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before, started = memory_bytes("VmRSS"), time.monotonic()
-    limit = memory_bytes("VmData") + LIMIT_BYTES
+    limit = memory_bytes("VmData") + HARD_LIMIT_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))  # which mapped files are no part of
     signal.alarm(LIMIT_SECONDS)
     how, said = "read", ""
@@ -117,7 +118,7 @@ def bounded() -> Iterator[Bounded]:
         worker.stdin.write(json.dumps([reader, str(place)]) + "\n")
         worker.stdin.flush()
         end = End(**json.loads(worker.stdout.readline()))
-        assert end.how in ("read", "refused"), end
+        assert end.how in ("read", "refused") and end.peak_bytes < LIMIT_BYTES, end
         return end
 
     yield question

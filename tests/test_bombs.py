@@ -9,6 +9,9 @@ import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bounded import Bounded, bounded
@@ -37,6 +40,11 @@ def sparse(name: str, head: bytes, size_bytes: int = 8 << 30) -> Make:
         os.truncate(folder / name, size_bytes)
 
     return make
+
+
+def check(said: str, what: str) -> None:
+    assert re.search(what, said), said[:500]
+    assert len(said) < 1000 and said.isprintable()
 
 
 def both(first: Make, second: Make) -> Make:
@@ -134,6 +142,80 @@ def test_a_gguf_head_that_claims_more_than_it_is_is_refused(
     check(end.said, what)
 
 
-def check(said: str, what: str) -> None:
-    assert re.search(what, said), said[:500]
-    assert len(said) < 1000 and said.isprintable()
+def table(columns: Mapping[str, object], groups: int = 1, **options: object) -> Make:
+    """A table of weights whose rows are all the same but for `columns`."""
+
+    def make(folder: Path) -> None:
+        (size,) = {len(values) for values in columns.values()}  # type: ignore[arg-type]
+        row = {"layer_name": "a", "shape": "[1]", "dtype": "float32", "data": b"1234"}
+        constant = {
+            name: pa.DictionaryArray.from_arrays(pa.array(np.zeros(size, np.int32)), pa.array([value]))
+            for name, value in row.items()
+            if name not in columns
+        }
+        built = pa.table({**constant, **columns})
+        with pq.ParquetWriter(folder / "model.parquet", built.schema, store_schema=False, **options) as writer:
+            for _ in range(groups):
+                writer.write_table(built, row_group_size=1 << 30)
+
+    return make
+
+
+def constant(value: object, size: int, type: pa.DataType | None = None) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(size, np.int32)), pa.array([value], type))
+
+
+def ending(footer: bytes, length: int | None = None) -> Make:
+    """A Parquet file that is nothing but its footer."""
+    length = len(footer) if length is None else length
+    data = b"PAR1" + footer + struct.pack("<I", length) + b"PAR1"
+    return lambda folder: (folder / "model.parquet").write_bytes(data)
+
+
+def footer(schema: bytes) -> bytes:
+    """Thrift: version 2, then what stands in place of the schema."""
+    return b"\x15\x04" + schema
+
+
+VARINT = b"\xff\xff\xff\xff\x07"  # 2**31 - 1
+TABLES: Mapping[str, tuple[Make, str]] = {
+    "a footer longer than the file": (ending(b"\0" * 20, 1 << 30), "cannot be read"),
+    "a footer of gigabytes": (sparse("model.parquet", b"PAR1"), "cannot be read"),
+    "a schema of billions": (ending(footer(b"\x19\xfc" + VARINT)), "cannot be read"),
+    "a name of gigabytes": (ending(footer(b"\x19\x1c\x48" + VARINT)), "cannot be read"),
+    "structs without end": (ending(footer(b"\x1c" * 5_000_000)), "cannot be read"),
+    "rows without end": (
+        table({"layer_index": constant(1, 5_000_000)}),
+        "claims 5,000,000 rows",
+    ),
+    "many groups of rows": (table({"layer_index": constant(1, 100_000)}, groups=20), "claims 2,000,000 rows"),
+    "a name that is repeated": (
+        table({"layer_name": constant("n" * 10_000_000, 1000)}, compression="zstd"),
+        "4096 bytes",
+    ),
+    "a name of megabytes": (
+        table({"layer_name": pa.array(["n" * 70_000_000])}, compression="zstd", use_dictionary=False),
+        "bytes of facts",
+    ),
+    "a shape without end": (
+        table({"shape": pa.ListArray.from_arrays([0, 30_000_000], constant(1, 30_000_000).dictionary_decode())}),
+        "more than any model has",
+    ),
+    "a shape beyond counting": (table({"shape": pa.array([[1 << 62, 1 << 62]])}), "does not describe one"),
+    "rows of one weight": (table({"shape": pa.array([[1 << 39, 1]])}), "do not fit shape"),
+    "names that are numbers": (table({"layer_name": pa.array([1])}), "column layer_name holds 'int64'"),
+    "names that are mappings": (table({"layer_name": pa.array([{"a": 1}])}), "column layer_name holds 'struct"),
+    "no name": (table({"layer_name": pa.array([None], pa.string())}), "does not describe one"),
+    "chunks that are none": (table({"chunk_index": pa.array([None], pa.int32())}), "does not describe one"),
+    "bits that are none": (table({"quant_type": pa.array(["int"])}), "does not describe one"),
+    "data that is text": (table({"data": pa.array(["text"])}), "column data holds 'string'"),
+}
+
+
+@pytest.mark.parametrize("bomb", TABLES)
+def test_a_table_that_claims_more_than_it_is_is_refused(bomb: str, bounded: Bounded, tmp_path: Path) -> None:
+    make, what = TABLES[bomb]
+    make(tmp_path)
+    end = bounded("parquet", tmp_path)
+    assert end.how == "refused"
+    check(end.said, what)

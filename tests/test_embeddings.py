@@ -93,7 +93,7 @@ def test_pooling_is_read_in_its_older_and_newer_spelling(tmp_path: Path) -> None
     )
     assert declared_pooling(tmp_path, "here") == ("cls", "max")
     place.write_text("[")
-    with pytest.raises(SourceError, match="cannot be read"):
+    with pytest.raises(SourceError, match=r"config\.json: broken JSON"):
         declared_pooling(tmp_path, "here")
 
 

@@ -322,7 +322,7 @@ def _load_parquet(row: Mapping[str, Any], target: Target, place: str, branch: st
     read = [
         "from pathlib import Path",
         "",
-        "from converter.containers.parquet import open_parquet",
+        "from converter.containers.parquet_open import open_parquet",
         "",
         'model = open_parquet(Path("."))',
         "weight = model.read(model.names[0])",

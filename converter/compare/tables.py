@@ -14,9 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from converter.errors import SourceError
+from converter.errors import SourceError, said
+from converter.folder import check_path
 
 FORMAT_VERSION = 1
+BATCH_ROWS = 64  # of a table that is looked at: it may unfold to more than memory
 TABLES = ("comparison.parquet", "tensors.parquet")
 ARTIFACT_SCHEMA = pa.schema(
     [
@@ -118,7 +120,8 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 def read_table(path: Path) -> int:
     """The number of rows of a table that `write_table` wrote, all of them read. Raises ValueError or OSError."""
-    return int(pq.read_table(path).num_rows)
+    with pq.ParquetFile(path) as file:
+        return sum(batch.num_rows for batch in file.iter_batches(BATCH_ROWS))
 
 
 def read_comparison(run: Path) -> dict[str, Any] | None:
@@ -129,8 +132,16 @@ def read_comparison(run: Path) -> dict[str, Any] | None:
     try:
         data: Any = json.loads(path.read_text("utf-8"))
         what = "" if data["format_version"] == FORMAT_VERSION else f"it is not of format version {FORMAT_VERSION}"
-    except (ValueError, TypeError, KeyError) as error:
-        what = f"it is damaged: {error}"
+        for row in () if what else data["artifacts"]:
+            check_path(f"{row['model']}/{row['target']}", str(path))
+            texts, numbers = [row["model"], row["target"], row["format"], row["status"]], []
+            for file in row.get("files", ()):
+                texts += [file["path"], file["sha256"]]
+                numbers.append(file["bytes"])
+            if {*map(type, texts)} - {str} or {*map(type, numbers)} - {int}:
+                what = "a row of it is of another form"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        what = f"it is damaged: {said(error)}"
     if what:
         raise SourceError(str(path), what, "Run hubmill convert again, which writes it anew")
     comparison: dict[str, Any] = data

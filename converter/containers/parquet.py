@@ -13,40 +13,26 @@ for F16 weights. The alternative, F32 as in the older schema, costs 0.5 bits a w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from torch import Tensor
 
 from converter.architecture import Architecture
-from converter.caches import CacheRounding
 from converter.containers import ArtifactPlan, Parts, TensorPlan
 from converter.containers.parquet_file import ParquetWriter
-from converter.containers.parquet_layout import grid_of
-from converter.containers.parquet_rows import (
-    BLOBS,
-    Chunk,
-    chunks,
-    columns_for,
-    decode_rows,
-    encode_row,
-    planned_row,
-    row_shape,
-)
+from converter.containers.parquet_open import OpenedParquet, open_parquet
+from converter.containers.parquet_rows import Chunk, chunks, columns_for, encode_row, planned_row
 from converter.containers.selection import choose, float_dtype
 from converter.containers.small_files import copy_small_files, original_config
-from converter.errors import SourceError, UnsupportedError
+from converter.errors import UnsupportedError
 from converter.grids import Grid
 from converter.grids.affine import AffineGrid
 from converter.grids.micro import MicroGrid
 from converter.grids.plain import PlainGrid
 from converter.manifest import Target
-from converter.schemes import Activations
 from converter.source import Snapshot
 
 GROUP_BYTES = 8 << 20  # a row group is closed once it holds this much
@@ -205,88 +191,3 @@ def _dtype(snapshot: Snapshot, chunk: Chunk) -> str:
     dtype = float_dtype(snapshot.tensors[chunk.tensor.source].dtype)
     assert dtype is not None
     return dtype
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where one row of the tables lies, and its facts without the values."""
-
-    path: Path
-    row_group: int
-    row: int
-    facts: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpenedParquet:
-    """The tables of a Parquet artifact: for each tensor its rows, in the order of their chunks."""
-
-    places: Mapping[str, tuple[_Place, ...]]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.places)
-
-    def read(self, name: str) -> Tensor:
-        """The weight in f32. Raises SourceError when bytes are missing or not those that were written."""
-        rows = []
-        for place in self.places[name]:
-            with _opened(place.path) as file:
-                blobs = [column for column in BLOBS if column in file.schema_arrow.names]
-                table = file.read_row_group(place.row_group, columns=blobs).slice(place.row, 1)
-            rows.append({**place.facts, **{blob: _bytes(table.column(blob)[0]) for blob in blobs}})
-        return decode_rows(rows)
-
-    def stored(self, name: str) -> tuple[str, int]:
-        """The type and the bytes before compression."""
-        first = self.places[name][0].facts
-        grid, shape = grid_of(first), row_shape(first)
-        stand_in = TensorPlan(name=name, source=name, shape=shape, grid=grid, block=None, size_bytes=0, quantized=False)
-        return grid.name, sum(chunk.size_bytes for chunk in chunks(stand_in, 0))
-
-    def activations(self, name: str) -> Activations | None:
-        return None
-
-    def keeps(self, prefix: str) -> CacheRounding | None:
-        return None
-
-
-def open_parquet(folder: Path) -> OpenedParquet:
-    """Read the facts of every row, and no values. Raises SourceError when a table is damaged, or a tensor not whole."""
-    paths = sorted(folder.glob("*.parquet"))
-    if not paths:
-        raise SourceError(str(folder), "there is no .parquet file", "Check that the artifact was written to its end")
-    places: dict[str, list[_Place]] = {}
-    for path in paths:
-        with _opened(path) as file:
-            columns = [column for column in file.schema_arrow.names if column not in BLOBS]
-            for group in range(file.metadata.num_row_groups):
-                for row, facts in enumerate(file.read_row_group(group, columns=columns).to_pylist()):
-                    place = _Place(path=path, row_group=group, row=row, facts=facts)
-                    places.setdefault(facts["layer_name"], []).append(place)
-    for name, found in places.items():
-        found.sort(key=lambda place: place.facts.get("chunk_index", 0))
-        wanted = list(range(found[0].facts.get("num_chunks", 1)))
-        if [place.facts.get("chunk_index", 0) for place in found] != wanted:
-            what = f"tensor '{name}' has {len(found)} rows instead of {len(wanted)}"
-            raise SourceError(str(folder), what, "Check that all files of the artifact are there, and no others")
-    return OpenedParquet(places={name: tuple(found) for name, found in places.items()})
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    try:
-        with pq.ParquetFile(path) as file:
-            missing = {"layer_name", "shape", "dtype", "data"} - set(file.schema_arrow.names)
-            if missing:
-                what = f"the table has no column {', '.join(sorted(missing))}"
-                raise SourceError(str(path), what, "Check that this is a table of weights (docs/formats.md)")
-            yield file
-    except (pa.ArrowException, OSError) as error:
-        what = f"the table cannot be read: {error}"
-        raise SourceError(str(path), what, "It is cut short or damaged: write or fetch it again") from error
-
-
-def _bytes(value: pa.Scalar) -> pa.Buffer | None:
-    """The bytes of a binary value, uncopied; None for null."""
-    return value.as_buffer() if value.is_valid else None

@@ -40,6 +40,8 @@ from converter.grids.plain import DTYPES, PlainGrid
 # O out, I in (columns), G groups
 
 CHUNK_BYTES = 64 << 20  # codes of one row of the table
+MOST_DIMENSIONS = 16
+MOST_WEIGHTS = 1 << 40  # of a tensor
 BLOBS = ("data", "scales", "zero_points", "offsets", "units", "levels")
 COLUMNS = (
     Column(name="layer_name", kind="string", bounds=True),
@@ -160,9 +162,17 @@ def _facts(chunk: Chunk, dtype: str) -> dict[str, Value]:
 
 
 def row_shape(row: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape of the row's tensor; V2 was written with lists and with their text alike."""
-    shape = row["shape"]
-    return tuple(int(size) for size in (re.findall(r"\d+", shape) if isinstance(shape, str) else shape))
+    """The shape of the row's tensor; V2 was written with lists and with their text alike.
+
+    Raises ValueError when no tensor has such a shape.
+    """
+    written = row["shape"]
+    shape = tuple(int(size) for size in (re.findall(r"\d+", written) if isinstance(written, str) else written))
+    if len(shape) > MOST_DIMENSIONS or not all(0 <= size < MOST_WEIGHTS for size in shape):
+        raise ValueError(f"a tensor of {len(shape)} dimensions")
+    if math.prod(shape) >= MOST_WEIGHTS:
+        raise ValueError(f"a tensor of {math.prod(shape):,} weights")
+    return shape
 
 
 def decode_rows(rows: Sequence[Mapping[str, Any]]) -> Tensor:
