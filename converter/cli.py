@@ -10,7 +10,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from enum import StrEnum
@@ -23,7 +23,16 @@ import typer
 from converter import manifest as manifests
 from converter import progress
 from converter.errors import HubmillError, ManifestError, SourceError
-from converter.progress import bytes_text, count_text, print_error, print_json, print_line, print_table
+from converter.progress import (
+    bytes_text,
+    count_text,
+    duration_text,
+    print_error,
+    print_json,
+    print_line,
+    print_table,
+    time_text,
+)
 from jobs.store import Store
 
 app = typer.Typer(
@@ -35,6 +44,9 @@ app = typer.Typer(
 MANIFEST = Annotated[Path, typer.Argument(help="The manifest, a YAML file.", show_default=False)]
 OUT = Annotated[Path, typer.Option(help="Folder for results; a manifest's go to OUT/<its name>.")]
 ONLY = Annotated[list[str] | None, typer.Option(help="Do only this: MODEL/TARGET, a model or a target. Repeatable.")]
+METRICS = Annotated[
+    Path | None, typer.Option(help="A .prom file to keep for the textfile collector of Prometheus' node_exporter.")
+]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -146,17 +158,18 @@ def convert(
     skip_unsupported: Annotated[
         bool, typer.Option(help="Leave out jobs that cannot be done, and do the rest.")
     ] = False,
+    metrics: METRICS = None,
     json: JSON = False,
 ) -> None:
     """Convert, measure, compare and publish; what is done already is not done again."""
     if address and executor is Executor.INPROCESS:
         raise ManifestError(("--address: --executor inprocess uses no cluster. Leave one of the two out.",))
-    if not only and _nothing_to_do(manifest, out, device, json):
+    if not only and _nothing_to_do(manifest, out, device, metrics, json):
         raise typer.Exit(0)
     from jobs import convert as run_module
 
     run = _run(manifest, out, executor=executor, address=address, only=only, device=device, skip=skip_unsupported)
-    with _shown(json) as display:
+    with _shown(json, run.store, metrics) as display:
         result = run_module.convert(run, display)
     if not json:
         _print_result(result.rows)
@@ -167,7 +180,7 @@ def convert(
     raise typer.Exit(result.exit_code)
 
 
-def _nothing_to_do(manifest: Path, out: Path, device: Device, json: bool) -> bool:
+def _nothing_to_do(manifest: Path, out: Path, device: Device, metrics: Path | None, json: bool) -> bool:
     """Whether an earlier run did all of this and nothing has changed since; then it is told, and noted in its log."""
     from jobs import events, settled
 
@@ -175,7 +188,7 @@ def _nothing_to_do(manifest: Path, out: Path, device: Device, json: bool) -> boo
     store = Store(run=(out / loaded.name).absolute())
     if not settled.unchanged(store, loaded, device.value, print_error):
         return False
-    with _shown(json) as display:
+    with _shown(json, store, metrics) as display:
         ending = progress.Event(task=events.RUN, subject=loaded.name, state="done", title="run", fraction=1.0)
         events.say(store, display.show, replace(ending, note=NOTHING_TO_DO))
     if not json:
@@ -184,11 +197,17 @@ def _nothing_to_do(manifest: Path, out: Path, device: Device, json: bool) -> boo
 
 
 @app.command()
-def status(manifest: MANIFEST, out: OUT = Path("out"), json: JSON = False) -> None:
+def status(manifest: MANIFEST, out: OUT = Path("out"), metrics: METRICS = None, json: JSON = False) -> None:
     """Show how far a run is, from its files, also while or after it runs elsewhere."""
     from jobs.status import status as look
 
-    found = look(_store(manifest, out))
+    store = _store(manifest, out)
+    found = look(store)
+    if metrics:
+        from jobs import metrics as metrics_module
+
+        metrics_module.check_place(metrics)
+        metrics_module.write(store, metrics)
     if json:
         print_json(found)
         return
@@ -196,12 +215,16 @@ def status(manifest: MANIFEST, out: OUT = Path("out"), json: JSON = False) -> No
         [row["subject"], row["state"], f"{100 * row['fraction']:.0f} %", row["title"], row["note"]]
         for row in found["tasks"]
     ]
-    print_table(
-        f"{found['running']} running, {found['done']} done, {found['failed']} failed, {found['skipped']} left out",
-        ("job", "state", "done", "last task", "note"),
-        rows,
-        numbers=(2,),
-    )
+    print_table(_headline(found), ("job", "state", "done", "last task", "note"), rows, numbers=(2,))
+
+
+def _headline(found: Mapping[str, Any]) -> str:
+    """A run's state in a line."""
+    line = f"{found['state']}{f': {note}' if (note := found['note']) else ''}; {100 * found['fraction']:.0f} %"
+    if (left := found["remaining_seconds"]) is not None:
+        line += f", about {duration_text(left)} left"
+    tasks = f"{found['done']} of {found['planned']} tasks done, {found['failed']} failed, {found['skipped']} left out"
+    return f"{line}; {found['running']} tasks running, {tasks}; begun {time_text(found['started'])}"
 
 
 @app.command()
@@ -342,9 +365,14 @@ def _run(
 
 
 @contextmanager
-def _shown(plain: bool) -> Iterator[progress.Display]:
+def _shown(plain: bool, store: Store | None = None, metrics: Path | None = None) -> Iterator[progress.Display]:
+    """A display of events; with `metrics`, one that keeps that file of the store's run, too."""
     display = progress.display(plain)
     try:
+        if store and metrics:
+            from jobs.metrics import Metered
+
+            display = Metered(display, store, metrics)
         yield display
     finally:
         display.close()

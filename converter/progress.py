@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol
@@ -139,3 +140,16 @@ def count_text(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {word}"
     return str(count)
+
+
+def duration_text(seconds: float) -> str:
+    """A duration as people read it, to two units: 45 s, 12 min, 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def time_text(seconds: float) -> str:
+    """A moment in seconds since 1970 as people read it, in local time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

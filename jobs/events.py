@@ -16,7 +16,7 @@ from converter.progress import Event
 from jobs.store import Store
 
 PLAN, RUN = "plan", "run"  # the tasks of the first and the last event of a run
-LONGEST_BYTES = 64 << 20  # then a log is put aside, in place of the one that was put aside before
+LONGEST_BYTES = 16 << 20  # then a log is put aside, in place of the one that was put aside before
 Show = Callable[[Event], None]
 
 
