@@ -32,7 +32,7 @@ KEEP = ("BF16", "F16", "F32")
 # Fields that only mean something beside a certain method.
 METHOD_OF_FIELD = {"smoothing_strength": "smoothquant", "damping": "gptq"}
 # Methods that look at no statistics unless importance is asked for.
-WITHOUT_STATISTICS = ("rotation", "rtn")
+WITHOUT_STATISTICS = ("rotation", "rtn", "hqq")
 # Transforms whose statistics cannot be followed through a rotation.
 WITHOUT_ROTATION = ("smoothquant", "awq")
 # Fields that describe integer grids; a GGUF block has its shape from its type.
@@ -72,6 +72,7 @@ def check_target(target: Target) -> Iterator[Finding]:
     """Give every rule that the target breaks; each of its fields is valid by itself."""
     yield from _check_stores(target)
     yield from _check_methods(target)
+    yield from _check_offsets(target)
     yield from _check_grid(target)
     yield from _check_inputs(target)
     yield from _check_gguf(target)
@@ -139,6 +140,17 @@ def _check_methods(target: Target) -> Iterator[Finding]:
             yield Finding(
                 at=(field,), needs=("method",), what=what, remedy=f"Add {method} to method, or remove {field}"
             )
+
+
+def _check_offsets(target: Target) -> Iterator[Finding]:
+    """hqq needs a scheme whose groups have offsets; formats without any refuse it altogether."""
+    schemes = SCHEMES.get(target.format, {})
+    scheme, others = schemes.get(target.scheme or ""), [name for name, one in schemes.items() if one.offset]
+    if "hqq" in target.methods and scheme and others and not scheme.offset:
+        at = ("method", target.methods.index("hqq"))
+        what = f"hqq moves offsets, and scheme {target.scheme} has none"
+        remedy = f"Choose scheme {', '.join(others)}, or method rtn"
+        yield Finding(at=at, needs=("format", "scheme"), what=what, remedy=remedy)
 
 
 def check_order(methods: tuple[str, ...]) -> tuple[str, str] | None:

@@ -206,8 +206,13 @@ STORES: dict[str, tuple[str, ...]] = {
     **{format: tuple(schemes) for format, schemes in SCHEMES.items()},
 }
 TRANSFORMS = ("smoothquant", "awq", "rotation", "reorder")
-ROUNDERS = ("rtn", "gptq")
+ROUNDERS = ("rtn", "gptq", "hqq")
+EVERYWHERE = tuple(name for name in ROUNDERS if name != "hqq")  # that moves offsets, which few schemes have
 # In a GGUF file, rtn is the search of its type. Scales moved into norms were not tried there; the others are merged.
-METHODS: dict[str, tuple[str, ...]] = {"gguf": ("rotation", "reorder", *ROUNDERS)} | dict.fromkeys(
-    SCHEMES, TRANSFORMS + ROUNDERS
-)
+METHODS: dict[str, tuple[str, ...]] = {
+    "gguf": ("rotation", "reorder", *EVERYWHERE),
+    **{
+        format: TRANSFORMS + (ROUNDERS if any(scheme.offset for scheme in schemes.values()) else EVERYWHERE)
+        for format, schemes in SCHEMES.items()
+    },
+}

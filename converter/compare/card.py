@@ -42,6 +42,7 @@ LIBRARIES: Mapping[str, str] = {"gguf": "gguf", **dict.fromkeys(EXTRAS, "transfo
 METHODS: Mapping[str, str] = {
     "rtn": "each weight to the nearest value of its grid",
     "gptq": "column by column, each column's error pushed onto the next ones (GPTQ)",
+    "hqq": "each weight to the nearest value of its grid, offsets moved to leave large errors to few weights (HQQ)",
     "smoothquant": "outliers of the activations moved into the weights (SmoothQuant)",
     "awq": "columns that large activations meet stretched before rounding (AWQ)",
     "rotation": "residual stream and values of the heads in a rotated basis, merged into the weights (QuaRot)",

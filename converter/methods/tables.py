@@ -8,6 +8,7 @@ from converter.architecture import Folding
 from converter.methods import Needs, Rounder, Transform
 from converter.methods.awq import awq
 from converter.methods.gptq import gptq
+from converter.methods.hqq import hqq
 from converter.methods.reorder import reorder
 from converter.methods.rotation import rotation
 from converter.methods.rtn import round_to_nearest
@@ -23,6 +24,7 @@ TRANSFORMS: dict[str, Transform] = {
 ROUNDERS: dict[str, Rounder] = {
     "rtn": round_to_nearest,
     "gptq": gptq,
+    "hqq": hqq,
 }
 
 # The transforms that carry out foldings, by what absorbs the scales.
@@ -42,6 +44,7 @@ NEEDS: dict[str, Callable[[bool], Needs]] = {
     "reorder": lambda importance: Needs(sums=True),
     "rtn": lambda importance: Needs(sums=importance),
     "gptq": lambda importance: Needs(sums=True, gram=True, drift=True),
+    "hqq": lambda importance: Needs(sums=importance),
 }
 
 
