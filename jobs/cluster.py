@@ -13,12 +13,14 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,9 +68,11 @@ class RayExecutor:
         self._folder = ""
         if address is None:
             self._folder = _own_folder()
-            _start_here(self._folder, cpus, memory_bytes, gpus)
+            with _ends_in_order():
+                _start_here(self._folder, cpus, memory_bytes, gpus)
         else:
-            _connect(address)
+            with _ends_in_order():
+                _connect(address)
         self._remote = ray.remote(run)
         self._running: dict[Any, Running] = {}
         self._address = address or ""
@@ -230,6 +234,17 @@ class RayExecutor:
         ray.shutdown()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _ends_in_order() -> Iterator[None]:
+    """Keep what this process does at SIGTERM: Ray would end it where it stands, as if it had failed."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _start_here(folder: str, cpus: int, memory_bytes: int, gpus: int) -> None:

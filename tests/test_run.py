@@ -193,17 +193,22 @@ def test_a_killed_run_resumes_to_the_same_bytes(place: Path, finished: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_an_interrupt_exits_130_and_says_how_to_go_on(place: Path) -> None:
-    command = [sys.executable, "-m", "converter.cli", "convert", str(place / "small.yaml"), "--out", str(place / "int")]
+@pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_exits_130_and_says_how_to_go_on(interrupt: signal.Signals, place: Path) -> None:
+    """Also in the middle of the work, when Ray is there, which has a way of its own to end a process at SIGTERM."""
+    out = place / interrupt.name
+    command = [sys.executable, "-m", "converter.cli", "convert", str(place / "small.yaml"), "--out", str(out)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    events = place / "int" / "small" / ".work" / "events.jsonl"
+    events = out / "small" / ".work" / "events.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (events.is_file() and '"done"' in events.read_text()):
+    while time.monotonic() < deadline and not (events.is_file() and '"state": "start"' in events.read_text()):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(interrupt)
     _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130, errors
     assert "Run the same command again" in errors
+    found = status(Store(run=out / "small"))
+    assert (found["state"], found["note"]) == ("failed", "interrupted")
 
 
 @pytest.mark.slow
