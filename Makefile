@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup convert plan test test-all chaos check bench bench-kernels peers quantizers clean
+.PHONY: help setup convert plan test test-all chaos fuzz check bench bench-kernels peers quantizers clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -43,6 +43,11 @@ test-all: $(READY) ## run the tests and the long suites
 
 chaos: $(READY) ## inject faults into runs at random moments, ten minutes at most
 	PYTHONPATH=tests $(BIN)/python -m chaos $(ARGS)
+
+# atheris (libFuzzer) comes when it is asked for: it has wheels for Linux on x86_64 only.
+fuzz: $(READY) ## feed damaged files to every reader, a minute each
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
+	OMP_NUM_THREADS=1 PYTHONPATH=tests:kernels:. $(BIN)/python -m fuzz $(ARGS)
 
 check: $(READY) ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -186,7 +186,7 @@ TABLES: Mapping[str, tuple[Make, str]] = {
     "structs without end": (ending(footer(b"\x1c" * 5_000_000)), "cannot be read"),
     "rows without end": (
         table({"layer_index": constant(1, 5_000_000)}),
-        "claims 5,000,000 rows",
+        "claims '5000000' where at most 1,048,576",
     ),
     "many groups of rows": (table({"layer_index": constant(1, 100_000)}, groups=20), "claims 2,000,000 rows"),
     "a name that is repeated": (
@@ -199,7 +199,7 @@ TABLES: Mapping[str, tuple[Make, str]] = {
     ),
     "a shape without end": (
         table({"shape": pa.ListArray.from_arrays([0, 30_000_000], constant(1, 30_000_000).dictionary_decode())}),
-        "more than any model has",
+        "claims '30000000' where at most 16,777,216",
     ),
     "a shape beyond counting": (table({"shape": pa.array([[1 << 62, 1 << 62]])}), "does not describe one"),
     "rows of one weight": (table({"shape": pa.array([[1 << 39, 1]])}), "do not fit shape"),

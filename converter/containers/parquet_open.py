@@ -1,8 +1,7 @@
 """Tables of weights as their reader sees them, of Schema V3, V2 or V1, whoever wrote them.
 
-What a table says of itself is held against bounds before it is unfolded: a run of a billion equal rows takes a few
-bytes in a file. Texts stay behind their dictionary until their length is known. What is left to believe is the size
-that a page states in its own header, up to 2 GB, which pyarrow takes for granted.
+What a table says of itself is held against its bytes first (parquet_footer.py): a run of a billion equal rows takes a
+few bytes in a file. Texts stay behind their dictionary until their length is known.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from torch import Tensor
 
 from converter.caches import CacheRounding
 from converter.containers import TensorPlan
+from converter.containers.parquet_footer import DAMAGED, MOST_ROWS, check_table
 from converter.containers.parquet_layout import bits_of, grid_of
 from converter.containers.parquet_rows import (
     BLOBS,
     COLUMNS,
     MORE_COLUMNS,
-    MOST_DIMENSIONS,
     chunks,
     decode_rows,
     row_shape,
@@ -36,11 +35,8 @@ from converter.schemes import Activations
 
 FACTS = {column.name: column.kind for column in (*COLUMNS, *MORE_COLUMNS) if column.name not in BLOBS}
 NEEDED = {"layer_name", "shape", "dtype", "data"}
-MOST_ROWS = 1 << 20  # a model of a trillion weights has 16,000 of 64 MB
 TEXT_BYTES = 4096
-FACTS_BYTES = 64 << 20
 BATCH_ROWS = 4096
-DAMAGED = "It is cut short or damaged: write or fetch it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,23 +136,12 @@ def _stored(facts: Mapping[str, Any]) -> tuple[str, int]:
     return grid.name, sum(chunk.size_bytes for chunk in chunks(stand_in, 0))
 
 
-def _check_sizes(file: pq.ParquetFile, path: Path) -> None:
-    """Raise SourceError unless the columns are of the types that facts have, and as many values as models need."""
+def _check_types(file: pq.ParquetFile, path: Path) -> None:
+    """Raise SourceError unless the columns are of the types that the schema has."""
     for name in {*NEEDED, *FACTS, *BLOBS}:
         if name in file.schema_arrow.names and not _fits(file.schema_arrow.field(name).type, FACTS.get(name, "binary")):
             what = f"column {name} holds {quoted(str(file.schema_arrow.field(name).type))}"
             raise SourceError(str(path), what, "Check that this is a table of weights (docs/formats.md)")
-    metadata = file.metadata
-    taken = values = 0
-    for group in range(metadata.num_row_groups):
-        for number in range(metadata.num_columns):
-            column = metadata.row_group(group).column(number)
-            if column.path_in_schema.partition(".")[0] in FACTS:
-                taken += max(0, column.total_uncompressed_size)
-                values = max(values, column.num_values)
-    if metadata.num_rows > MOST_ROWS or values > MOST_ROWS * MOST_DIMENSIONS or taken > FACTS_BYTES:
-        what = f"the table claims {metadata.num_rows:,} rows and {taken:,} bytes of facts, more than any model has"
-        raise SourceError(str(path), what, DAMAGED)
 
 
 def _fits(type: pa.DataType, kind: str) -> bool:
@@ -174,6 +159,7 @@ def _fits(type: pa.DataType, kind: str) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    check_table(path, frozenset(FACTS))
     try:
         metadata = pq.read_metadata(path)
         fields = [field for field in metadata.schema.to_arrow_schema() if field.name in FACTS]
@@ -183,9 +169,9 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
             if missing:
                 what = f"the table has no column {', '.join(sorted(missing))}"
                 raise SourceError(str(path), what, "Check that this is a table of weights (docs/formats.md)")
-            _check_sizes(file, path)
+            _check_types(file, path)
             yield file
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise SourceError(str(path), f"the table cannot be read: {quoted(str(error))}", DAMAGED) from error
 
 

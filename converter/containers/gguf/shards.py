@@ -135,7 +135,8 @@ def read_rows(folder: Path, piece: Piece) -> Tensor:
     raw = read_range(folder / piece.file, piece.start, stored.size_bytes)
     if len(raw) < stored.size_bytes:
         raise SourceError(piece.file, f"the file ends inside tensor {stored.name}", "Write or fetch it again")
-    return raw.reshape(math.prod(stored.shape[:-1]), -1)
+    rows = math.prod(stored.shape[:-1])
+    return raw.reshape(rows, stored.size_bytes // max(1, rows))
 
 
 def models_in(names: Sequence[str], where: str) -> dict[str, tuple[str, ...]]:
