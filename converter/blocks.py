@@ -13,7 +13,7 @@ would need no transformers but drift from it; its price would be paid at every n
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from converter.activations import quantize_inputs
 from converter.architecture import MISMATCH, Architecture, ranges
-from converter.caches import KEYS, VALUES, CacheRounding, attention_of, flat, keep_in
+from converter.caches import CacheRounding
 from converter.errors import SourceError
+from converter.hooks import Hooks
 from converter.schemes import Activations
 from converter.skeleton import skeleton
 from converter.stand_ins import Visit, put, separate_experts, stand_in, stand_in_for_embeddings, submodule, visit_block
@@ -195,30 +195,98 @@ class Decoder:
         watch_cache: observe those, too, as the taps caches.KEYS and caches.VALUES, in blocks that have them.
         Raises SourceError when names or shapes are not those of the block.
         """
-        layer = self._layer(b)
-        turned = {name: tensor.T if self._is_transposed(name) else tensor for name, tensor in tensors.items()}
-        tensors = {self._architecture.inner(name): tensor for name, tensor in turned.items()}
-        _check_names(layer, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, f"{self.where} block {b}")
-        args, kwargs = self._arguments_for(hidden.shape[1], hidden.shape[2])[b]
 
         def run(n: int) -> tuple[Tensor, dict[str, Tensor]]:
             seen: dict[str, Tensor] = {}
             self._thread.seen = seen
             with torch.no_grad():
-                outcome = layer(hidden[n : n + 1].to(self.device, self.dtype), *args, **kwargs)
+                outcome = forward(hidden[n : n + 1])
             del self._thread.seen
-            return (outcome[0] if isinstance(outcome, tuple) else outcome)[0], seen
+            return outcome[0], seen
 
         behind = torch.empty_like(hidden, dtype=self.dtype)
-        lowered = self._lowered(layer)
-        types = {f"{name}.{part}": self._products for name in lowered for part in ("weight", "bias")}
-        hooked = self._hooked(b, observe is not None, activations or {}, lowered.values())
-        with self._loaded(layer, tensors, types), hooked, self._kept(b, rounding, watch_cache):
+        shape = hidden.shape[1:]
+        with self._ready(b, tensors, shape, observe is not None, activations, rounding, watch_cache) as forward:
             for n, (one, seen) in enumerate(self.workers.map(run, range(len(hidden)))):
                 behind[n] = one
                 if observe is not None:
                     observe(n, seen)
         return behind
+
+    def errors(
+        self,
+        b: int,
+        tensors: Mapping[str, Tensor],
+        hidden: Tensor,
+        wanted: Tensor,
+        of: Collection[str] = (),
+        activations: Mapping[str, Activations] | None = None,
+        rounding: CacheRounding | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """How far the hidden state behind block b lies from `wanted` [N, T, D], and what that owes to its tensors.
+
+        Gives the squared error of each sequence, f64 [N], and, summed over sequences in their order, the gradient f32
+        of all with respect to each of the tensors named in `of`; zeros where no row reached one. Rounding on the way,
+        of activations, keys and values, counts as slope 1. Otherwise as run_block.
+        """
+        layer = self._layer(b)
+        inner = {name: self._architecture.inner(name) for name in of}
+
+        def run(n: int) -> tuple[float, tuple[Tensor | None, ...]]:
+            with torch.set_grad_enabled(bool(inner)):
+                away = forward(hidden[n : n + 1])[0] - wanted[n].to(self.device, self.dtype)
+                error = away.square().sum()
+                slopes = torch.autograd.grad(error, leaves, allow_unused=True) if inner else ()
+            return float(away.detach().double().square().sum()), slopes
+
+        errors_N = torch.zeros(len(hidden), dtype=torch.float64)
+        gradients = {name: torch.zeros_like(tensors[name], device=self.device) for name in of}
+        with self._ready(b, tensors, hidden.shape[1:], False, activations, rounding, False) as forward:
+            leaves = [layer.get_parameter(name).requires_grad_() for name in inner.values()]
+            for n, (error, slopes) in enumerate(self.workers.map(run, range(len(hidden)))):
+                errors_N[n] = error
+                for name, slope in zip(inner, slopes, strict=False):
+                    if slope is not None:
+                        gradients[name] += slope.T if self._is_transposed(name) else slope
+        return errors_N, gradients
+
+    @contextmanager
+    def _ready(
+        self,
+        b: int,
+        tensors: Mapping[str, Tensor],
+        shape: Sequence[int],
+        observed: bool,
+        activations: Mapping[str, Activations] | None,
+        rounding: CacheRounding | None,
+        watch_cache: bool,
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Inside, what gives the hidden state [1, T, D] behind block b for one of this shape, [T, D], in front of it.
+
+        The rest is run_block's. Raises SourceError when names or shapes are not those of the block.
+        """
+        layer, architecture = self._layer(b), self._architecture
+        turned = {name: tensor.T if self._is_transposed(name) else tensor for name, tensor in tensors.items()}
+        tensors = {architecture.inner(name): tensor for name, tensor in turned.items()}
+        where = f"{self.where} block {b}"
+        _check_names(layer, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, where)
+        args, kwargs = self._arguments_for(*shape)[b]
+
+        def forward(hidden: Tensor) -> Tensor:
+            outcome = layer(hidden.to(self.device, self.dtype), *args, **kwargs)
+            first: Tensor = outcome[0] if isinstance(outcome, tuple) else outcome
+            return first
+
+        lowered = self._lowered(layer)
+        types = {f"{name}.{part}": self._products for name in lowered for part in ("weight", "bias")}
+        hooks = Hooks(layer=self._layers[b], architecture=architecture, thread=self._thread, where=where)
+        with (
+            self._loaded(layer, tensors, types),
+            hooks.inputs(observed, activations or {}),
+            hooks.products(lowered.values(), self._products, self.dtype),
+            hooks.cache(rounding, watch_cache),
+        ):
+            yield forward
 
     def logits(self, hidden: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
         """The model's logits [N, T, V] for the hidden state [N, T, D] behind the last block.
@@ -318,59 +386,6 @@ class Decoder:
         finally:
             for name, parameter in empty.items():
                 put(module, name, parameter)
-
-    @contextmanager
-    def _hooked(
-        self, b: int, observed: bool, activations: Mapping[str, Activations], lowered: Collection[nn.Linear]
-    ) -> Iterator[None]:
-        """Inside, the block's linears report what they read, if `observed`, then quantize it; some lower its type."""
-
-        def see(tap: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._thread.seen[tap] = inputs[0].reshape(-1, inputs[0].shape[-1])
-
-        def quantize(how: Activations, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (quantize_inputs(inputs[0], how), *inputs[1:])
-
-        hooks: list[tuple[str, Callable[..., Any]]] = []
-        if observed:
-            inside = dict(self._layers[b].named_modules())
-            for tap in self._architecture.taps:  # a block may have only some of them, in families of unlike blocks
-                linear = next((linear for linear in tap.linears if self._architecture.inner(linear) in inside), None)
-                hooks += [(linear, partial(see, tap.name))] if linear else []
-        hooks += [(linear, partial(quantize, how)) for linear, how in activations.items()]
-        handles = []
-        try:
-            for linear, hook in hooks:
-                module = submodule(self._layers[b], self._architecture.inner(linear), f"{self.where} block {b}")
-                handles.append(module.register_forward_pre_hook(hook))
-            for module in lowered:
-                handles.append(module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(self._products),)))
-                handles.append(module.register_forward_hook(lambda _, inputs, product: product.to(self.dtype)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def _kept(self, b: int, rounding: CacheRounding | None, watched: bool) -> Iterator[None]:
-        """Inside, the block's attention reports the keys and values that it keeps, if `watched`, and rounds them."""
-        inside, taps, inner = dict(self._layers[b].named_modules()), self._architecture.taps, self._architecture.inner
-        there = [linear for tap in taps for linear in tap.linears if inner(linear) in inside]
-        name = attention_of(taps, there) if rounding or watched else None
-        if name is None:
-            yield
-            return
-
-        def keep(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            if watched:
-                self._thread.seen |= {KEYS: flat(keys), VALUES: flat(values)}
-            return rounding(keys, values) if rounding else (keys, values)
-
-        undo = keep_in(inside[inner(name)], keep)
-        try:
-            yield
-        finally:
-            undo()
 
 
 def _outer_names(

@@ -30,7 +30,13 @@ MAX_TITLE = 120
 HUB_FIELDS = ("branch", "pull_request", "collection")  # of publish, that a folder knows nothing of
 KEEP = ("BF16", "F16", "F32")
 # Fields that only mean something beside a certain method.
-METHOD_OF_FIELD = {"smoothing_strength": "smoothquant", "damping": "gptq"}
+METHOD_OF_FIELD = {
+    "smoothing_strength": "smoothquant",
+    "damping": "gptq",
+    **dict.fromkeys(("iterations", "batch_size", "learning_rate"), "autoround"),
+}
+# What a scheme stores whose values are floats of eight bits: rounding one way or the other hardly differs.
+UNCODED = ("e4m3", "e5m2", "mxfp8")
 # Methods that look at no statistics unless importance is asked for.
 WITHOUT_STATISTICS = ("rotation", "rtn", "hqq")
 # Transforms whose statistics cannot be followed through a rotation.
@@ -73,6 +79,7 @@ def check_target(target: Target) -> Iterator[Finding]:
     yield from _check_stores(target)
     yield from _check_methods(target)
     yield from _check_offsets(target)
+    yield from _check_codes(target)
     yield from _check_grid(target)
     yield from _check_inputs(target)
     yield from _check_gguf(target)
@@ -115,7 +122,7 @@ def _check_methods(target: Target) -> Iterator[Finding]:
             yield Finding(at=("method", index), needs=("format",), what=what, remedy=remedy)
     if target.has_chain and not target.collects_imatrix and set(target.methods) <= set(WITHOUT_STATISTICS):
         what = "propagate quantized has no effect without statistics"
-        remedy = "Add gptq to method, write imatrix: true, or remove propagate"
+        remedy = "Add gptq or autoround to method, write imatrix: true, or remove propagate"
         yield Finding(at=("propagate",), needs=("method", "imatrix"), what=what, remedy=remedy)
     if "rotation" in target.methods:
         for index, method in enumerate(target.methods):
@@ -151,6 +158,17 @@ def _check_offsets(target: Target) -> Iterator[Finding]:
         what = f"hqq moves offsets, and scheme {target.scheme} has none"
         remedy = f"Choose scheme {', '.join(others)}, or method rtn"
         yield Finding(at=at, needs=("format", "scheme"), what=what, remedy=remedy)
+
+
+def _check_codes(target: Target) -> Iterator[Finding]:
+    """autoround needs codes, in the whole file or by a rule."""
+    scheme = SCHEMES.get(target.format, {}).get(target.scheme or "")
+    uncoded = scheme.values in UNCODED if scheme else target.type in KEEP
+    if "autoround" in target.methods and uncoded and not target.rules:
+        at = ("method", target.methods.index("autoround"))
+        what = f"autoround learns codes, and {target.scheme or target.type} has no codes to learn"
+        remedy = "Choose one of fewer bits, or method rtn"
+        yield Finding(at=at, needs=("format", scheme_key(target.format)), what=what, remedy=remedy)
 
 
 def check_order(methods: tuple[str, ...]) -> tuple[str, str] | None:

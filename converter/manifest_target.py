@@ -194,6 +194,21 @@ class Target(
         BeforeValidator(scalars.real),
         Field(description="gptq: added to the Hessian's diagonal, as a share of its mean."),
     ] = 0.01
+    iterations: Annotated[
+        Annotated[int, Field(ge=1, le=100_000)],
+        BeforeValidator(scalars.whole),
+        Field(description="autoround: steps for each block."),
+    ] = 200
+    batch_size: Annotated[
+        Annotated[int, Field(ge=1, le=65_536)],
+        BeforeValidator(scalars.whole),
+        Field(description="autoround: calibration sequences that a step sees."),
+    ] = 8
+    learning_rate: Annotated[
+        Annotated[float, Field(gt=0, le=1)] | None,
+        BeforeValidator(scalars.optional(scalars.real)),
+        Field(description="autoround: how far the first step goes, in codes; 1 / iterations when left out."),
+    ] = None
     propagate: Annotated[
         Literal["original", "quantized"],
         BeforeValidator(scalars.one_of(("original", "quantized"))),
@@ -304,12 +319,13 @@ class Target(
     def with_defaults(self) -> Target:
         """Give the target with group_size, symmetric and granularity filled from its scheme; gguf has none of them.
 
-        There gptq brings its statistics, and so importance: the search for scales always weighs with it. awq does so
-        everywhere: 4 bits on statistics without it err by up to a quarter more (outputs of linears, measured).
+        There gptq and autoround bring their statistics, and so importance: the search for scales always weighs with it.
+        awq does so everywhere: 4 bits on statistics without it err by up to a quarter more (outputs of linears,
+        measured).
         """
         scheme = SCHEMES.get(self.format, {}).get(self.scheme or "")
         if scheme is None:
-            weighs = self.weighs_columns or "gptq" in self.methods
+            weighs = self.weighs_columns or bool({*self.methods} & {"gptq", "autoround"})
             return self.model_copy(update={"imatrix": True}) if weighs and not self.imatrix else self
         group_size = self.group_size or scheme.group_size
         granularity = self.granularity or ("group" if group_size and not scheme.block else scheme.granularity)

@@ -206,7 +206,7 @@ STORES: dict[str, tuple[str, ...]] = {
     **{format: tuple(schemes) for format, schemes in SCHEMES.items()},
 }
 TRANSFORMS = ("smoothquant", "awq", "rotation", "reorder")
-ROUNDERS = ("rtn", "gptq", "hqq")
+ROUNDERS = ("rtn", "gptq", "hqq", "autoround")
 EVERYWHERE = tuple(name for name in ROUNDERS if name != "hqq")  # that moves offsets, which few schemes have
 # In a GGUF file, rtn is the search of its type. Scales moved into norms were not tried there; the others are merged.
 METHODS: dict[str, tuple[str, ...]] = {

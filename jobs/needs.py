@@ -25,6 +25,10 @@ GRAMS = 8
 # How many times a tensor is there in f32 while it is compared: as it was, as read back, and on the way.
 COMPARED = 4
 CHAINED = 3  # how many hidden states of the calibration rows: the original's, the chain's, and what that comes from
+# Of learned rounding: how many times a block is there in f32, and how much a pass keeps for the way back, in hidden
+# states of a sequence.
+LEARNED = 8
+PASSED = 64
 # Weights that are read, rounded and written together, and how many times as many are on the way at the peak.
 SLAB_WEIGHTS = 1 << 22
 SLABS = 16  # 15 measured, on 128k x 4096 weights from BF16
@@ -140,6 +144,14 @@ def stages_bytes(job: PlannedJob, texts: Texts, block: int) -> int:
     return quantize_bytes(job, block, gram=True) + running + drifts
 
 
+def learning_bytes(job: PlannedJob, texts: Texts, block: int, threads: int) -> int:
+    """Memory of learning how to round a block: weights, shifts, codes, gradients of each thread, what a pass keeps."""
+    hidden = hidden_bytes(job.model, texts.calibration.sequences * texts.calibration.length)
+    passed = threads * PASSED * hidden_bytes(job.model, texts.calibration.length)
+    learned = (LEARNED + threads) * block_bytes(job.model, block) + 4 * hidden + passed
+    return quantize_bytes(job, block, gram=False) + learned
+
+
 def _rows_bytes(model: Model, texts: Texts, block: int) -> int:
     """What the taps of a block read of the sequences of the original that run at a time beside a chain."""
     return 2 * F32_BYTES * PAIRS * texts.calibration.length * sum(_tap_widths(model, block).values())
@@ -151,6 +163,11 @@ def chain_forwards(job: PlannedJob) -> int:
     assert architecture is not None
     stages = {tap.name.partition(".")[0] for tap in architecture.taps}
     return 3 + (2 * (len(stages) - 1) if NEEDS[rounder](job.target.collects_imatrix).drift else 0)
+
+
+def learning_passes(job: PlannedJob, sequences: int) -> float:
+    """Passes of a block forward and back over all calibration rows that learned rounding takes, at `sequences` rows."""
+    return job.target.iterations * min(job.target.batch_size, sequences) / sequences
 
 
 def calibrate_disk(model: Model, texts: Texts, block: int, grams: bool, counted: Mapping[str, Counted]) -> int:

@@ -67,15 +67,17 @@ def _model_tasks(
     calibrations = list(_calibrate_tasks(jobs, work, fetch, cpus))
     quantize: dict[str, list[Task]] = {job.subject: [] for job in jobs}
     chains: dict[str, list[Task]] = {job.subject: [] for job in jobs if job.target.has_chain}
+    # Those also read the original's hidden state in front of their block, which the calibration of the one before left.
+    twice = {job.subject for job in jobs if job.target.has_chain or _learns(job.target)}
     # Outside of the blocks first, then block by block across targets: statistics are used while they are there.
     for block in [None, *range(model.blocks)]:
         if block is not None and calibrations:
-            # Whoever reads what calibration left two blocks ago; of a chain that is the block after.
+            # Whoever reads what calibration left two blocks ago, also as what lies in front of the block after.
             waits = tuple(
                 task.key
                 for name, tasks in quantize.items()
                 for task in tasks
-                if task.block == (block - 1 if name in chains else block - 2)
+                if task.block == (block - 1 if name in twice else block - 2)
             )
             calibrations[block] = replace(calibrations[block], waits=waits)
             yield calibrations[block]
@@ -90,7 +92,7 @@ def _model_tasks(
                     )
                     chains[job.subject].append(statistics)
                     yield statistics
-                beside = calibrations[block - 1] if block and job.subject in chains else None
+                beside = calibrations[block - 1] if block and calibrations and job.subject in twice else None
                 task = _quantize_task(job, block, own, fetch, statistics, beside)
                 quantize[job.subject].append(task)
                 yield task
@@ -117,6 +119,7 @@ def _calibrate_tasks(jobs: Sequence[PlannedJob], work: Work, fetch: Task, cpus: 
     model, architecture = work.model, work.model.architecture
     asked = [need for job in jobs if not job.target.has_chain for need in _needs(job.target)]
     chained = any(job.target.has_chain for job in jobs)  # it runs beside the original
+    hidden = chained or any(_learns(job.target) for job in jobs)  # whether tasks read the original's hidden states
     if architecture is None or not model.runs or not (chained or any(need.sums or need.gram for need in asked)):
         return
     grams = tuple(tap.name for tap in architecture.taps) if any(need.gram for need in asked) else ()
@@ -146,7 +149,7 @@ def _calibrate_tasks(jobs: Sequence[PlannedJob], work: Work, fetch: Task, cpus: 
                 counted=counted,
                 watch_cache=watch_cache,
                 keep=keep,
-                takes=bool(keep) and not chained,  # a chain reads the original's hidden states, too
+                takes=bool(keep) and not hidden,
                 calibrated=before.key if block else "",
             ),
             reads=(before.key,),
@@ -247,6 +250,7 @@ def _quantize_task(
         spec["middles"] = repr(job.model.architecture.middles)
     gram = bool(calibrated) and any(need.gram for need in _needs(job.target))
     drift = gram and job.target.has_chain and any(need.drift for need in _needs(job.target))
+    rows = bool(calibrated) and _learns(job.target)
     own = replace(
         work, target=job.target, tensors=tensors, calibrated=calibrated, imatrix_sha256=job.artifact.imatrix_sha256
     )
@@ -256,6 +260,11 @@ def _quantize_task(
         key = beside.key if beside else ""
         own = replace(own, gram_taps=grams, drift_taps=drifts, chained=calibrated, beside=key)
         memory_bytes, staged = needs.stages_bytes(job, work.texts, block or 0), statistics.resources.cpus
+    elif rows and statistics is not None:
+        own = replace(own, chained=calibrated if job.target.has_chain else "", beside=beside.key if beside else "")
+        staged = statistics.resources.cpus
+        memory_bytes = needs.learning_bytes(job, work.texts, block or 0, staged)
+        spec["steps"] = [job.target.iterations, job.target.batch_size, job.target.learning_rate]
     return Task(
         kind="quantize",
         subject=job.subject,
@@ -379,6 +388,11 @@ def _needs(target: Target) -> Iterator[Needs]:
     for method in target.methods:
         yield NEEDS[method](target.collects_imatrix)
     yield Needs(sums=target.fixes_ranges)
+
+
+def _learns(target: Target) -> bool:
+    """Whether its rounder runs the block on the rows in front of it."""
+    return any(need.rows for need in _needs(target))
 
 
 def _counted(jobs: Sequence[PlannedJob], architecture: Architecture) -> dict[str, Counted]:

@@ -26,6 +26,7 @@ from converter.stats import TapStats, unpack
 from jobs import stream
 from jobs.attempt import Attempt, here, read
 from jobs.needs import rounds_on_gpu, streams
+from jobs.rows import rows_of_block
 from jobs.stages import in_stages, round_in_stages
 from jobs.work import Model
 
@@ -182,6 +183,9 @@ def _round_group(
         importance=target.weighs_columns,
         smoothing_strength=target.smoothing_strength,
         damping=target.damping,
+        iterations=target.iterations,
+        batch_size=target.batch_size,
+        learning_rate=target.learning_rate,
         seed=model.snapshot.commit,
     )
     state = replace(
@@ -208,6 +212,8 @@ def _round_group(
     if in_stages(attempt):
         rounded = round_in_stages(attempt, model, state, moved, shared, options, local)
     else:
+        if attempt.task.block is not None and NEEDS[target.methods[-1]](target.collects_imatrix).rows:
+            state = replace(state, rows=rows_of_block(attempt, model, state, moved, local))
         rounded = ROUNDERS[target.methods[-1]](state, shared, options)
     given = {name: tensor.activations for name, tensor in local.items() if tensor.activations}
     fixed = fix_inputs(state, given, target.input_observer)

@@ -8,7 +8,7 @@ from typing import Any
 from converter.compare.card import stated_licence
 from converter.manifest import Calibration
 from jobs.convert import Ready, Run
-from jobs.needs import chain_forwards, disk_bytes, memory_bytes
+from jobs.needs import chain_forwards, disk_bytes, learning_passes, memory_bytes
 from jobs.work import Model, PlannedJob
 
 
@@ -72,6 +72,9 @@ def _job_json(job: PlannedJob, ready: Ready) -> dict[str, Any]:
     if job.target.has_chain:
         more = f"{chain_forwards(job)} forwards more for each of {job.model.blocks} blocks"
         notes.append(f"propagate: quantized takes {more}")
+    if "autoround" in job.target.methods:
+        passes = learning_passes(job, ready.prepared.manifest.calibration.sequences)
+        notes.append(f"autoround takes {passes:g} passes forward and back for each of {job.model.blocks} blocks")
     return {
         "job": job.subject,
         "state": f"{len(left)} tasks" if left else "done",

@@ -8,7 +8,7 @@ large as those that reach it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -61,7 +61,7 @@ def round_in_stages(
     assert work.target is not None and b is not None and model.architecture is not None
     rounder = ROUNDERS[work.target.methods[-1]]
     decoder, original = calibrating(attempt, model), original_of(attempt, model)
-    hidden = _hidden(attempt, model, decoder, original, b)
+    hidden = hidden_of_chain(attempt, model, decoder, original, b)
     first, chain = (original.turned(one) for one in hidden)  # as the block is by now
     whole = evaluation.block_tensors(original, b) | dict(moved)
     coded: dict[str, Coded] = {}
@@ -72,9 +72,9 @@ def round_in_stages(
         if number:
             stage = Stage(
                 tensors=whole | _decoded(coded, planned, model, b),
-                activations=_activations(coded, planned, state, work.target.input_observer),
+                activations=activations_of(coded, planned, state, work.target.input_observer),
                 taps=frozenset(taps),
-                rounding=_rounding(coded, planned, state),
+                rounding=rounding_of_cache(coded, planned, state),
             )
             found, _ = calibrate_chain(
                 decoder,
@@ -116,7 +116,7 @@ def stages_of(state: Block) -> list[tuple[list[str], list[str]]]:
     return [(taps_of_first, [*left, *names]), *stages[1:]]
 
 
-def _hidden(
+def hidden_of_chain(
     attempt: Attempt, model: Model, decoder: Decoder, original: evaluation.Original, block: int
 ) -> tuple[Tensor, Tensor]:
     """The hidden states [N, T, D] in front of the block: the original's and the chain's."""
@@ -143,18 +143,20 @@ def _decoded(
     }
 
 
-def _activations(
-    coded: Mapping[str, Coded], planned: Mapping[str, TensorPlan], state: Block, observer: Observer
+def activations_of(
+    rounded: Collection[str], planned: Mapping[str, TensorPlan], state: Block, observer: Observer
 ) -> dict[str, Activations]:
-    """How the inputs of linears that are rounded by now are quantized, by module; a fixed range is that of state."""
-    given = {name: how for name in coded if (how := planned[name].activations) is not None}
+    """How the inputs of linears that are `rounded` are quantized, by module; a fixed range is that of state."""
+    given = {name: how for name in rounded if (how := planned[name].activations) is not None}
     return {name.removesuffix(".weight"): how for name, how in (given | fix_inputs(state, given, observer)).items()}
 
 
-def _rounding(coded: Mapping[str, Coded], planned: Mapping[str, TensorPlan], state: Block) -> CacheRounding | None:
+def rounding_of_cache(
+    rounded: Collection[str], planned: Mapping[str, TensorPlan], state: Block
+) -> CacheRounding | None:
     """How keys and values are kept, once the linears that make them are rounded; None before that."""
     cached = {name: tensor.cached for name, tensor in planned.items() if tensor.cached}
-    if not cached or not cached.keys() <= coded.keys():
+    if not cached or not cached.keys() <= {*rounded}:
         return None
     largest = {tap: one for found in largest_kept(state, cached).values() for tap, one in found.items()}
     return rounding_of(next(iter(cached.values())), largest)

@@ -43,6 +43,7 @@ METHODS: Mapping[str, str] = {
     "rtn": "each weight to the nearest value of its grid",
     "gptq": "column by column, each column's error pushed onto the next ones (GPTQ)",
     "hqq": "each weight to the nearest value of its grid, offsets moved to leave large errors to few weights (HQQ)",
+    "autoround": "rounding and scales learned from the output of each block, by signs of gradients (AutoRound)",
     "smoothquant": "outliers of the activations moved into the weights (SmoothQuant)",
     "awq": "columns that large activations meet stretched before rounding (AWQ)",
     "rotation": "residual stream and values of the heads in a rotated basis, merged into the weights (QuaRot)",

@@ -28,6 +28,8 @@ from quantkernels import columns
 from quantkernels.columns import Frame
 
 REACH = 0.499  # of a code: how far from its start's code a weight is taken to be at most, so that it begins there
+FIXED = "no code of its own for each weight: rounded to nearest with importance"
+NO_BETTER = "no step erred less than rounding to nearest with importance, which was kept"
 HALF = 0.5  # of a code: how far a weight is shifted at most
 FACTORS = (0.5, 1.5)  # of the start's scales
 
@@ -43,9 +45,14 @@ def autoround(block: Block, grids: Mapping[str, Grid], options: Options) -> Roun
     """
     start = round_to_nearest(block, grids, replace(options, importance=True))
     rows = block.rows
-    linears = _linears(block, start.coded, rows.device) if rows else {}
-    if rows is None or not linears:
+    if rows is None:
         return start
+    linears = _linears(block, start.coded, rows.device)
+    fixed = [name for name, coded in start.coded.items() if is_quantized(block.tensors[name], coded.grid)]
+    notes = dict(start.notes) | {name: FIXED for name in fixed if name not in linears}
+    if not linears:
+        return replace(start, notes=notes)
+    start = replace(start, notes=notes)
     read_back = {name: coded.decode().to(rows.device) for name, coded in start.coded.items()}
     first_N = _errors(rows, read_back)
     least = torch.inf
@@ -60,11 +67,10 @@ def autoround(block: Block, grids: Mapping[str, Grid], options: Options) -> Roun
                 linear.keep()
         for name, linear in linears.items():
             linear.move(gradients[name], rate * (1 - step / options.iterations))
-    return _best(block, start, linears, rows, read_back, float(first_N.sum()))
+    return _best(start, linears, rows, read_back, float(first_N.sum()))
 
 
 def _best(
-    block: Block,
     start: Rounded,
     linears: Mapping[str, _Linear],
     rows: Rows,
@@ -72,18 +78,18 @@ def _best(
     first: float,
 ) -> Rounded:
     """What was kept or where the steps ended, whichever errs less on all rows, if it errs less than the start."""
-    errors = []
+    errors = {}
     for last in (False, True):
         tried = {name: linear.decode() if last else linear.decode_kept() for name, linear in linears.items()}
-        errors.append(float(_errors(rows, {**read_back, **tried}).sum()))
-    if not min(errors) < first:
-        note = "no step of autoround erred less than rounding to nearest with importance, which was kept"
-        return replace(start, notes={**start.notes, **dict.fromkeys(linears, note)})
-    if errors[1] < errors[0]:
+        errors[last] = float(_errors(rows, {**read_back, **tried}).sum())
+    better = {last: error for last, error in errors.items() if error < first}
+    if not better:
+        return replace(start, notes={**start.notes, **dict.fromkeys(linears, NO_BETTER)})
+    if min(better, key=better.__getitem__):
         for linear in linears.values():
             linear.keep()
-    coded = {name: replace(start.coded[name], parts=linear.parts()) for name, linear in linears.items()}
-    return replace(start, coded={name: coded.get(name, start.coded[name]) for name in block.tensors})
+    learned = {name: replace(start.coded[name], parts=linear.parts()) for name, linear in linears.items()}
+    return replace(start, coded={name: learned.get(name, coded) for name, coded in start.coded.items()})
 
 
 def _errors(rows: Rows, read_back: Mapping[str, Tensor]) -> Tensor:
@@ -116,7 +122,8 @@ def _linears(block: Block, start: Mapping[str, Coded], device: torch.device) -> 
 class _Linear:
     """A linear under way: shifts of its weights, factors of its scales, and the codes and scales that were kept.
 
-    A weight beyond the reach of the code that it starts with is taken to lie at its border.
+    A weight beyond the reach of the code that it starts with is taken to lie at its border. A row's last group is
+    filled up with weights that nothing reads.
     """
 
     def __init__(self, weight_OI: Tensor, start_OI: Tensor, framed: Framed) -> None:
@@ -127,25 +134,25 @@ class _Linear:
         ladder = frame.scales
         self._scales = ladder if ladder and not ladder.rungs and ladder.group_size == frame.group_size else None
         self._columns = weight_OI.shape[1]
-        self._zero_OI, self._offset_OI = self._spread(frame.zero_OG), self._spread(frame.offset_OG)
-        codes_OI = self._place(start_OI - self._offset_OI, frame.scale_OG).round_()
-        at_OI = self._place(weight_OI - self._offset_OI, frame.scale_OG)
-        at_OI = torch.maximum(torch.minimum(at_OI, codes_OI + REACH), codes_OI - REACH)
-        self._weight_OI = (self._level(at_OI) - self._zero_OI) * self._spread(frame.scale_OG)  # without the offset
+        self._table = torch.tensor(frame.table, device=weight_OI.device)
         # A step moves what the outermost code means by as much as it shifts a weight.
         self._widest = max(abs(level) for level in frame.table or (frame.low, frame.high))
-        self._shift_OI = torch.zeros_like(weight_OI)
+        self._zero_OG1, self._offset_OG1 = frame.zero_OG[:, :, None], frame.offset_OG[:, :, None]
+        codes_OGN = self._place(self._grouped(start_OI) - self._offset_OG1, frame.scale_OG).round_()
+        at_OGN = self._place(self._grouped(weight_OI) - self._offset_OG1, frame.scale_OG)
+        at_OGN = torch.maximum(torch.minimum(at_OGN, codes_OGN + REACH), codes_OGN - REACH)
+        self._weight_OGN = self._level(at_OGN).sub_(self._zero_OG1).mul_(frame.scale_OG[:, :, None])  # less the offset
+        self._shift_OGN = torch.zeros_like(self._weight_OGN)
         self._factor_OG = torch.ones_like(frame.scale_OG)
-        self._codes, self._scale_OG = codes_OI.to(torch.int8), frame.scale_OG
-        self._kept = self._codes, self._scale_OG
+        self._codes_OGN, self._scale_OG = codes_OGN.to(torch.int8), frame.scale_OG
+        self._kept = self._codes_OGN, self._scale_OG
 
     def decode(self) -> Tensor:
         """The weight [O, I] as it would be read back now."""
         if self._scales:
             self._scale_OG = self._scales.nearest(self._frame.scale_OG * self._factor_OG)
-        free_OI = (self._place(self._weight_OI, self._scale_OG) + self._shift_OI).round_()
-        self._codes = free_OI.clamp_(self._frame.low, self._frame.high).to(torch.int8)
-        return self._read(self._codes, self._scale_OG)
+        self._codes_OGN = self._free().clamp_(self._frame.low, self._frame.high).to(torch.int8)
+        return self._read(self._codes_OGN, self._scale_OG)
 
     def decode_kept(self) -> Tensor:
         """The weight [O, I] as it would be read back from what was kept."""
@@ -153,49 +160,60 @@ class _Linear:
 
     def keep(self) -> None:
         """Keep the codes and scales that the last `decode` gave."""
-        self._kept = self._codes, self._scale_OG
+        self._kept = self._codes_OGN, self._scale_OG
 
     def move(self, gradient_OI: Tensor, rate: float) -> None:
         """Go a step against the sign of the gradient with respect to what the last `decode` gave.
 
         Rounding is taken to have slope 1, also in how a code follows its scale; a code held at a bound has none.
         """
-        place_OI = self._place(self._weight_OI, self._scale_OG)
-        free_OI = (place_OI + self._shift_OI).round_()
-        moves_OI = (free_OI >= self._frame.low) & (free_OI <= self._frame.high)
+        gradient_OGN = self._grouped(gradient_OI.nan_to_num(0.0))  # of a block that overflowed
+        free_OGN = self._free()
+        moves_OGN = (free_OGN >= self._frame.low) & (free_OGN <= self._frame.high)
         if self._scales:
-            wide_OI = self._spread(torch.where(self._scale_OG == 0, torch.inf, self._scale_OG))
-            slope_OI = self._level(self._codes.float()) - self._zero_OI - moves_OI * self._weight_OI / wide_OI
-            slope_OG = grouped(slope_OI.mul_(gradient_OI), self._frame.group_size).sum(2)
+            slope_OGN = self._weight_OGN / self._divisor(self._scale_OG)
+            slope_OGN = self._level(self._codes_OGN.float()) - self._zero_OG1 - slope_OGN.mul_(moves_OGN)
+            slope_OG = slope_OGN.mul_(gradient_OGN).sum(2)
             self._factor_OG.sub_(rate / self._widest * (slope_OG * self._frame.scale_OG).sign_()).clamp_(*FACTORS)
-        signs_OI = (gradient_OI * self._spread(self._scale_OG)).sign_().mul_(moves_OI)
-        self._shift_OI.sub_(rate * signs_OI).clamp_(-HALF, HALF)
+        signs_OGN = (gradient_OGN * self._scale_OG[:, :, None]).sign_().mul_(moves_OGN)
+        self._shift_OGN.sub_(signs_OGN, alpha=rate).clamp_(-HALF, HALF)
 
     def parts(self) -> Mapping[str, Tensor]:
         """What was kept, as the grid stores it."""
-        codes, scale_OG = (values.cpu() for values in self._kept)
-        return self._framed.with_frame(replace(self._framed.frame, scale_OG=scale_OG), codes)
+        codes_OGN, scale_OG = (values.cpu() for values in self._kept)
+        frame = self._framed.frame
+        return self._framed.with_frame(replace(frame, scale_OG=scale_OG), self._flat(codes_OGN).contiguous())
 
-    def _spread(self, values_OG: Tensor) -> Tensor:
-        """One value for each weight [O, I]."""
-        return values_OG.repeat_interleave(self._frame.group_size, 1)[:, : self._columns]
+    def _free(self) -> Tensor:
+        """The codes [O, G, N] f32 that weights and shifts ask for, whatever their bounds."""
+        return self._place(self._weight_OGN, self._scale_OG).add_(self._shift_OGN).round_()
 
-    def _place(self, weight_OI: Tensor, scale_OG: Tensor) -> Tensor:
-        """Where weights without their offset lie in units of a code: the nearest code is the nearest whole number."""
-        level_OI = weight_OI / self._spread(torch.where(scale_OG == 0, torch.inf, scale_OG)) + self._zero_OI
+    def _grouped(self, values_OI: Tensor) -> Tensor:
+        return grouped(values_OI, self._frame.group_size)
+
+    def _flat(self, values_OGN: Tensor) -> Tensor:
+        return values_OGN.flatten(1)[:, : self._columns]
+
+    def _divisor(self, scale_OG: Tensor) -> Tensor:
+        """Scales [O, G, 1] to divide by: where one is 0, everything lies at 0."""
+        return torch.where(scale_OG == 0, torch.inf, scale_OG)[:, :, None]
+
+    def _place(self, weight_OGN: Tensor, scale_OG: Tensor) -> Tensor:
+        """Where weights less their offset lie in units of a code: the nearest code is the nearest whole number."""
+        level_OGN = weight_OGN / self._divisor(scale_OG) + self._zero_OG1
         if not self._frame.table:
-            return level_OI
-        table = torch.tensor(self._frame.table, device=level_OI.device)
-        below_OI = torch.bucketize(level_OI, table[1:-1], right=True)
-        return below_OI + (level_OI - table[below_OI]) / table.diff()[below_OI]
+            return level_OGN
+        below_OGN = torch.bucketize(level_OGN, self._table[1:-1], right=True)
+        return below_OGN + (level_OGN - self._table[below_OGN]) / self._table.diff()[below_OGN]
 
-    def _level(self, place_OI: Tensor) -> Tensor:
+    def _level(self, place_OGN: Tensor) -> Tensor:
         """What lies at places in units of a code, in units of the scale: the inverse of `_place` but for the zero."""
         if not self._frame.table:
-            return place_OI
-        table = torch.tensor(self._frame.table, device=place_OI.device)
-        below_OI = place_OI.floor().long().clamp_(0, len(table) - 2)
-        return table[below_OI] + (place_OI - below_OI) * table.diff()[below_OI]
+            return place_OGN
+        below_OGN = place_OGN.floor().long().clamp_(0, len(self._table) - 2)
+        return self._table[below_OGN] + (place_OGN - below_OGN) * self._table.diff()[below_OGN]
 
-    def _read(self, codes_OI: Tensor, scale_OG: Tensor) -> Tensor:
-        return replace(self._frame, scale_OG=scale_OG).decode(codes_OI)
+    def _read(self, codes_OGN: Tensor, scale_OG: Tensor) -> Tensor:
+        """The weight [O, I] that a reader makes of codes [O, G, N] i8, in the operations of Frame.decode."""
+        level_OGN = self._table[codes_OGN.int()] if self._frame.table else codes_OGN.float()
+        return self._flat((level_OGN - self._zero_OG1).mul_(scale_OG[:, :, None]).add_(self._offset_OG1))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from converter.architecture import Folding
 from converter.methods import Needs, Rounder, Transform
+from converter.methods.autoround import autoround
 from converter.methods.awq import awq
 from converter.methods.gptq import gptq
 from converter.methods.hqq import hqq
@@ -25,6 +26,7 @@ ROUNDERS: dict[str, Rounder] = {
     "rtn": round_to_nearest,
     "gptq": gptq,
     "hqq": hqq,
+    "autoround": autoround,
 }
 
 # The transforms that carry out foldings, by what absorbs the scales.
@@ -45,6 +47,7 @@ NEEDS: dict[str, Callable[[bool], Needs]] = {
     "rtn": lambda importance: Needs(sums=importance),
     "gptq": lambda importance: Needs(sums=True, gram=True, drift=True),
     "hqq": lambda importance: Needs(sums=importance),
+    "autoround": lambda importance: Needs(sums=True, rows=True),
 }
 
 
