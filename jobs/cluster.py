@@ -14,7 +14,6 @@ import fcntl
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -30,18 +29,17 @@ import ray
 from converter.errors import UnsupportedError
 from converter.hub_calls import Tell
 from converter.progress import bytes_text
+from jobs.head import Head
 from jobs.outcome import Outcome
 from jobs.steps import run
 from jobs.store import Store, try_folder
 from jobs.task import Task
 
 OBJECT_STORE_BYTES = 100_000_000  # outcomes are a few hundred bytes
-RETRIES = 3  # of a task whose worker was lost
+PAUSES = (0.0, 5.0, 25.0)  # seconds before each further start of a task whose worker was lost
 GROWTH = 2  # how much more memory a task gets that ran out of it
 STARTS = 3
 PROBE_SECONDS = 60.0  # for every node to look into the output folder: it may have to start a worker first
-GLANCE_SECONDS = 2.0  # between two looks at the head
-HEAD_SECONDS = 20.0  # without an answer of the head; after 60 Ray itself ends the process, and says nothing to us
 PREFIX = "hubmill-ray-"
 
 
@@ -66,21 +64,19 @@ class RayExecutor:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         self._folder = ""
+        self._head: Head | None = None
         if address is None:
             self._folder = _own_folder()
             with _ends_in_order():
                 _start_here(self._folder, cpus, memory_bytes, gpus)
         else:
+            self._head = Head(address)
             with _ends_in_order():
                 _connect(address)
         self._remote = ray.remote(run)
         self._running: dict[Any, Running] = {}
+        self._paused: list[tuple[float, Running]] = []  # until when, by the monotonic clock
         self._address = address or ""
-        self._head: tuple[str, int] | None = None
-        if address:
-            host, _, port = str(ray.get_runtime_context().gcs_address).rpartition(":")
-            self._head = host.strip("[]"), int(port)
-        self._answered = self._asked = time.monotonic()
         self._nodes = [node for node in ray.nodes() if node["Alive"]]
         self._has: list[Mapping[str, float]] = [node["Resources"] for node in self._nodes]
         self._cpus = int(ray.cluster_resources().get("CPU", 1))
@@ -140,6 +136,8 @@ class RayExecutor:
     def _said(self, reference: Any) -> str:
         try:
             return str(ray.get(reference))
+        except ray.exceptions.OutOfMemoryError:
+            return ""  # for now: that says nothing of its folders
         except ray.exceptions.RayError as error:
             return str(error).strip().splitlines()[-1]
 
@@ -163,28 +161,17 @@ class RayExecutor:
         self._running[call.remote(one.task, one.store, cpus)] = one
 
     def wait(self, seconds: float) -> Sequence[Outcome]:
+        if self._head:
+            self._head.check()
+        due = [one for until, one in self._paused if until <= time.monotonic()]
+        self._paused = [(until, one) for until, one in self._paused if one not in due]
+        for one in due:
+            self._start(one)
         if not self._running:
+            time.sleep(seconds if self._paused else 0.0)
             return []
         ended, _ = ray.wait(list(self._running), num_returns=1, timeout=seconds)
-        if not ended:
-            self._check_head()
         return [outcome for reference in ended if (outcome := self._outcome(reference))]
-
-    def _check_head(self) -> None:
-        """Raise UnsupportedError when the cluster's head does not answer for a while: nothing would end any more."""
-        now = time.monotonic()
-        if self._head is None or now - self._asked < GLANCE_SECONDS:
-            return
-        self._asked = now
-        try:
-            socket.create_connection(self._head, GLANCE_SECONDS).close()
-            self._answered = now
-        except OSError as error:
-            if now - self._answered > HEAD_SECONDS:
-                self._head, self._running = None, {}
-                what = f"its head does not answer any more: {error}"
-                remedy = "Start the cluster again, then run the same command: what is finished is kept"
-                raise UnsupportedError(f"Ray at {self._address}", what, remedy) from error
 
     def _outcome(self, reference: Any) -> Outcome | None:
         """How a task ended; None when it was started again."""
@@ -208,11 +195,11 @@ class RayExecutor:
             return Outcome(key=task.key, seconds=0.0, peak_bytes=0, error=what)
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
-            if one.losses < RETRIES:
+            if one.losses < len(PAUSES):
                 one.tell(f"its worker was lost ({reason}): started again")
-                self._start(replace(one, losses=one.losses + 1))
+                self._paused.append((time.monotonic() + PAUSES[one.losses], replace(one, losses=one.losses + 1)))
                 return None
-            what = f"{task.title}: its worker was lost {RETRIES + 1} times: {reason}"
+            what = f"{task.title}: its worker was lost {one.losses + 1} times: {reason}"
             return Outcome(
                 key=task.key, seconds=0.0, peak_bytes=0, error=f"{what}. Look at memory and disk, then run again."
             )
@@ -230,7 +217,11 @@ class RayExecutor:
     def close(self) -> None:
         # Ray ends the tasks of a driver that leaves. Cancelling them by force first made its task manager abort the
         # whole process when one of them ended at that moment (ray 2.60).
-        self._running = {}
+        self._running, self._paused = {}, []
+        if self._head:
+            self._head.close()
+            if self._head.lost:
+                return  # there is nobody to say goodbye to, and Ray would wait for him
         ray.shutdown()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -25,6 +25,7 @@ from jobs.store import Store
 from jobs.task import Graph, Task
 
 POLL_SECONDS = 0.5
+STATISTICS = ("calibrate", "propagate")
 REPAIRS = 2  # of one task's output in a run
 CONNECTIONS = 16  # to hubs, of all tasks together
 
@@ -212,9 +213,16 @@ def _settle(graph: Graph, todo: list[str], state: Progress, outcome: Outcome) ->
 
 
 def _forget_temporaries(graph: Graph, state: Progress, store: Store, key: str) -> None:
-    """Remove outputs that nothing in this run reads any more. What a failed task reads stays: its next attempt will."""
+    """Remove outputs that nothing in this run reads any more. What a failed task reads stays: its next attempt will.
+
+    So does what a task would have read that was left out, but for statistics: the disk has room for two blocks.
+    """
     for read in graph.tasks[key].reads:
-        if graph.tasks[read].temporary and not any(state.will_read(reader) for reader in graph.readers[read]):
+        stays = graph.tasks[read].kind not in STATISTICS
+        readers = graph.readers[read]
+        if graph.tasks[read].temporary and not any(
+            state.will_read(reader) or (stays and reader in state.skipped) for reader in readers
+        ):
             store.forget(read)
 
 

@@ -13,7 +13,6 @@ hosts, and none says who holds it.
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import json
 import os
@@ -92,20 +91,16 @@ class Lease:
             self._path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
-        missed = 0
         while not self._stop.wait(BEAT_SECONDS):
             try:
                 found, _ = _read(self._path)
                 if found == self._holder:
                     os.utime(self._path)
-                    missed = 0
                     continue
-                missed += 1  # a rival that looks again puts it back at once
             except OSError:  # the shared folder does not answer: if it stays so, the lease is taken over
                 continue
-            if found is not None or missed > 1:
-                self._lost_to = f"another took over: {found}" if found else "its lease is gone"
-                return
+            self._lost_to = f"another took over: {found}" if found else "its lease is gone"
+            return
 
 
 @contextmanager
@@ -116,8 +111,8 @@ def held(path: Path) -> Iterator[Lease]:
     when it is on another machine. Raises OSError when the file cannot be made.
     """
     own = Holder.here()
-    while not _make(path, own):
-        _wait_for_dead(path)
+    while not (_make(path, own) or _inherit(path, own)):
+        pass
     lease = Lease(path, own)
     try:
         yield lease
@@ -145,35 +140,46 @@ def _make(path: Path, holder: Holder) -> bool:
     return True
 
 
-def _wait_for_dead(path: Path) -> None:
-    """Return when the lease's holder is dead, and the lease gone. Raises UnsupportedError when it lives."""
+def _inherit(path: Path, own: Holder) -> bool:
+    """Take a dead holder's lease over; False when there is none any more. Raises UnsupportedError when it lives."""
     first = _read(path)
     deadline = time.monotonic() + GONE_SECONDS
     while True:
         found, changed = _read(path)
         if changed == 0.0:
-            return
+            return False
         lives = found.lives_here if found else None
         if lives or (found, changed) != first:
             said = f"another run is working in this folder: {found or 'its name is not readable'}"
             raise UnsupportedError(str(path.parent.parent), said, "Wait for it, or choose another --out")
-        if lives is False or time.monotonic() > deadline:
-            _take_away(path, found)
-            return
+        late = time.monotonic() - deadline
+        if (lives is False or late > 0) and _take_over(path, first, own, stale=late > GONE_SECONDS):
+            return True
         time.sleep(GLANCE_SECONDS)
 
 
-def _take_away(path: Path, dead: Holder | None) -> None:
-    """Remove a dead holder's lease; one that a quicker rival has made since is put back."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+def _take_over(path: Path, dead: tuple[Holder | None, float], own: Holder, stale: bool) -> bool:
+    """Replace a dead holder's lease by one's own; False when a rival is doing that, or has done it.
+
+    Between looking at the lease and replacing it a claim on this very lease keeps rivals away. stale: nobody who made
+    a claim can be that slow, so one that is there is removed.
+    """
+    claim = path.with_name(f"{path.name}.{dead[0].number if dead[0] else 'unknown'}")
+    if stale:
+        claim.unlink(missing_ok=True)
     try:
-        path.rename(aside)
-    except FileNotFoundError:
-        return
-    if _read(aside)[0] != dead:
-        with contextlib.suppress(OSError):
-            os.link(aside, path)
-    aside.unlink()
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+    except FileExistsError:
+        return False
+    try:
+        if _read(path) != dead:
+            return False
+        fresh = path.with_name(f".{path.name}.{own.number}")
+        fresh.write_text(json.dumps(asdict(own)) + "\n", "utf-8")
+        fresh.rename(path)
+        return True
+    finally:
+        claim.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[Holder | None, float]:

@@ -19,6 +19,7 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from starlette.routing import Route
 
 from hub_routes import FINE, READER, ROUTES, WRITER, Repo, refuse
 
-__all__ = ["FINE", "READER", "WRITER", "HubServer", "Repo", "artifact", "contents", "hub_server"]
+__all__ = ["FINE", "READER", "WRITER", "HubServer", "Repo", "artifact", "contents", "hub_server", "serving"]
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 
@@ -241,6 +242,13 @@ def hub_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nowhere/token")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
+    with serving() as hub:
+        yield hub
+
+
+@contextmanager
+def serving() -> Iterator[HubServer]:
+    """A running hub."""
     hub = HubServer()
     methods = ["GET", "HEAD", "POST", "PUT"]
     app = Starlette(routes=[Route("/{path:path}", hub.answer, methods=methods)])
@@ -255,6 +263,8 @@ def hub_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         assert thread.is_alive() and time.monotonic() < deadline, "the hub did not start"
         time.sleep(0.01)
     hub.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    yield hub
-    server.should_exit = True
-    thread.join(timeout=10)
+    try:
+        yield hub
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)

@@ -15,14 +15,19 @@ from converter.progress import Event
 from jobs.drive import CONNECTIONS, drive
 from jobs.outcome import Outcome
 from jobs.store import DamagedError, Store
-from jobs.task import Graph, Resources, Task
+from jobs.task import Graph, Kind, Resources, Task
 
 
 def task(
-    name: str, *reads: Task, waits: Sequence[Task] = (), temporary: bool = False, resources: Resources | None = None
+    name: str,
+    *reads: Task,
+    kind: Kind = "quantize",
+    waits: Sequence[Task] = (),
+    temporary: bool = False,
+    resources: Resources | None = None,
 ) -> Task:
     return Task(
-        kind="quantize",
+        kind=kind,
         subject=name,
         spec={"name": name},
         work=None,
@@ -124,8 +129,8 @@ def test_what_a_failed_task_reads_is_kept_for_its_next_attempt(tmp_path: Path) -
 
 def test_what_only_a_failed_end_would_have_read_is_not_made(tmp_path: Path) -> None:
     """Calibration of later blocks stops when the only target that asked for it has failed."""
-    first = task("calibrate 0", temporary=True)
-    second = task("calibrate 1", first, temporary=True)
+    first = task("calibrate 0", kind="calibrate", temporary=True)
+    second = task("calibrate 1", first, kind="calibrate", temporary=True)
     quantize = [task("quantize 0", first), task("quantize 1", second)]
     graph = Graph([first, quantize[0], second, quantize[1], task("assemble", *quantize)])
     executor = Recorder(fails=["quantize 0"])
@@ -134,6 +139,18 @@ def test_what_only_a_failed_end_would_have_read_is_not_made(tmp_path: Path) -> N
     assert quantize[1].key in skipped
     assert second.key not in store.done(), "nothing that will run reads it"
     assert first.key in store.done(), "the failed task will read it again"
+
+
+def test_what_a_failed_job_had_rounded_stays_for_its_next_attempt(tmp_path: Path) -> None:
+    statistics = task("statistics", kind="calibrate", temporary=True)
+    good, bad = task("good", statistics, temporary=True), task("bad", statistics, temporary=True)
+    graph = Graph([statistics, good, bad, task("assemble", good, bad)])
+    store, _, skipped = run(graph, tmp_path, Recorder(fails=["bad"]))
+    assert len(skipped) == 1
+    assert good.key in store.done()
+    again = Recorder()
+    run(graph, tmp_path, again)
+    assert again.order == ["bad", "assemble"]
 
 
 def test_a_goal_is_reached_although_what_reads_it_is_done(tmp_path: Path) -> None:

@@ -114,8 +114,9 @@ def test_who_lost_the_lease_is_told_and_leaves_it_alone(path: Path) -> None:
     assert json.loads(path.read_text())["host"] == "far"
 
 
-def test_of_many_that_find_a_dead_lease_one_gets_it_at_a_time(path: Path) -> None:
-    path.write_text(json.dumps(asdict(ELSEWHERE)))
+@pytest.mark.parametrize("dead", [ELSEWHERE, replace(Holder.here(), begun="1")], ids=["elsewhere", "here"])
+def test_of_many_that_find_a_dead_lease_one_gets_it_at_a_time(path: Path, dead: Holder) -> None:
+    path.write_text(json.dumps(asdict(dead)))
     inside, most, got = 0, 0, 0
     alone = threading.Lock()
 
@@ -138,6 +139,15 @@ def test_of_many_that_find_a_dead_lease_one_gets_it_at_a_time(path: Path) -> Non
     for thread in threads:
         thread.join()
     assert most == 1 and got >= 1
+    assert not list(path.parent.iterdir())
+
+
+def test_a_claim_that_its_maker_left_holds_nobody_back_for_ever(path: Path) -> None:
+    path.write_text(json.dumps(asdict(ELSEWHERE)))
+    path.with_name(f"lease.{ELSEWHERE.number}").touch()
+    with held(path):
+        assert holder_of(path)
+    assert not list(path.parent.iterdir())
 
 
 def test_the_heartbeat_needs_no_room_on_the_disk(path: Path) -> None:

@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from converter import cli
+from converter import manifest as manifests
 from converter.compare.tables import read_table
 from converter.lock import read_lock
+from jobs.convert import Run, plan
 from jobs.store import Store, file_sha256
 from patience import PATIENCE_SECONDS
 from small_run import ROOT, write_manifest, write_model
@@ -30,6 +33,7 @@ MARK = "HUBMILL_CHAOS"  # in the environment of a run that was started afresh, a
 GONE_SECONDS = 30.0  # that what a killed run started may take to notice
 # Ray's own agents, which do no work, first try for a minute to tell a dead cluster that it is dead (ray 2.60).
 AGENTS = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")
+AGENTS_GONE_SECONDS = 120.0
 POLL_SECONDS = 0.005
 
 
@@ -41,6 +45,7 @@ class Process(Protocol):
     """A run that was started, in a session of its own."""
 
     pid: int
+    returncode: int | None
 
     def wait(self, timeout: float | None = None) -> int: ...
 
@@ -50,6 +55,7 @@ class Forked:
     """A copy of this process, which has everything imported: a run starts in an instant, so kills meet work."""
 
     pid: int
+    returncode: int | None = None
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit status, negative after a signal, as that of subprocess.Popen."""
@@ -57,7 +63,8 @@ class Forked:
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                return os.waitstatus_to_exitcode(status)
+                self.returncode = os.waitstatus_to_exitcode(status)
+                return self.returncode
             if time.monotonic() > deadline:
                 raise subprocess.TimeoutExpired("a forked run", timeout or PATIENCE_SECONDS)
             time.sleep(POLL_SECONDS)
@@ -65,13 +72,17 @@ class Forked:
 
 @dataclass(kw_only=True)
 class Place:
-    """A small model, a manifest for it, and the sha256 of every file that an undisturbed run makes of them."""
+    """A small model, a manifest for it, and the sha256 of every file that an undisturbed run makes of them.
+
+    before: called in each process that runs it, before all else.
+    """
 
     folder: Path
     targets: Mapping[str, str] = field(default_factory=lambda: TARGETS)
     expected: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
-    tasks: int = 0
+    before: Callable[[], object] | None = None
+    reads: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of each task but publish, by key
 
     def prepare(self) -> None:
         """Make the model, and run it undisturbed, twice: the first compiles kernels."""
@@ -79,12 +90,19 @@ class Place:
         for name in ("first", "whole"):
             self.write(name)
             begin = time.monotonic()
-            status = fork(self.command(name)).wait()
+            status = fork(self.command(name), self.before).wait()
             self.seconds = time.monotonic() - begin
             assert status == 0, f"an undisturbed run ended with {status}"
         self.expected = sums(self.run("whole"))
-        self.tasks = len(started(self.run("whole")))
-        assert self.expected and self.tasks
+        status = apart(self._write_reads).wait()
+        assert status == 0
+        self.reads = json.loads((self.folder / "reads.json").read_text("utf-8"))
+        assert self.expected and self.reads
+
+    def _write_reads(self) -> None:
+        if self.before:
+            self.before()
+        (self.folder / "reads.json").write_text(json.dumps(planned_reads(self.folder / "whole")), "utf-8")
 
     def write(self, name: str) -> None:
         """A manifest for a run that begins with nothing, and publishes to a folder of its own."""
@@ -92,42 +110,69 @@ class Place:
         sources = ("../model",)
         write_manifest(self.folder / name, self.targets, "publish: {hub: folder:hub}", sources)
 
-    def command(self, name: str, *options: str, executor: str = "inprocess") -> list[str]:
+    def command(self, name: str, address: str = "") -> list[str]:
+        """The command line of a run: in its own process, on a cluster at an address, or on its own cluster, "local"."""
         manifest, out = self.folder / name / "small.yaml", self.folder / name / "out"
-        return ["convert", str(manifest), "--json", "--out", str(out), "--executor", executor, *options]
+        where = ["--executor", "ray" if address else "inprocess"]
+        where += ["--address", address] if address not in ("", "local") else []
+        return ["convert", str(manifest), "--json", "--out", str(out), *where]
+
+    def ancestors(self, key: str) -> set[str]:
+        """Every task that a task's output was made from."""
+        found: set[str] = set()
+        for read in self.reads.get(key, ()):
+            found |= {read} | self.ancestors(read)
+        return found
 
     def run(self, name: str) -> Path:
         return self.folder / name / "out" / "small"
 
 
-def fork(command: Sequence[str], before: Callable[[], None] | None = None) -> Forked:
-    """Run the command line in a copy of this process; `before` is called there first."""
+def fork(command: Sequence[str], before: Callable[[], object] | None = None, said: Path | None = None) -> Forked:
+    """Run the command line in a copy of this process. before: called there first; said: takes what it prints."""
+
+    def run() -> None:
+        for descriptor in (1, 2):
+            os.dup2(os.open(said or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        if before:
+            before()
+        sys.argv = ["hubmill", *command]
+        cli.main()
+
+    return apart(run)
+
+
+def apart(work: Callable[[], object]) -> Forked:
+    """Call something in a copy of this process, in a session of its own."""
     sys.stdout.flush()
     sys.stderr.flush()
     if pid := os.fork():
         return Forked(pid=pid)
     try:
         os.setsid()
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1, 2):
-            os.dup2(nowhere, descriptor)
-        if before:
-            before()
-        sys.argv = ["hubmill", *command]
-        cli.main()
+        work()
     except SystemExit as ended:
         os._exit(int(ended.code or 0))
     except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
         os._exit(70)
     os._exit(0)
 
 
-def start(command: Sequence[str], mark: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+def planned_reads(folder: Path) -> dict[str, tuple[str, ...]]:
+    """The tasks of a run and what each of them reads; without publish, whose key names its place."""
+    run = Run(manifest=manifests.load(folder / "small.yaml"), out=folder / "out", executor="inprocess")
+    return {key: task.reads for key, task in plan(run).prepared.plan.graph.tasks.items() if task.kind != "publish"}
+
+
+def start(command: Sequence[str], mark: str, said: Path) -> subprocess.Popen[bytes]:
     """Run the command line as people do, in a session of its own; `mark` tells what it starts from all else."""
-    own = {**os.environ, **(environment or {}), MARK: mark}
-    quiet = subprocess.DEVNULL
     arguments = [sys.executable, "-m", "converter.cli", *command]
-    return subprocess.Popen(arguments, cwd=ROOT, env=own, stdout=quiet, stderr=quiet, start_new_session=True)
+    with said.open("ab") as file:
+        return subprocess.Popen(
+            arguments, cwd=ROOT, env=os.environ | {MARK: mark}, stdout=file, stderr=file, start_new_session=True
+        )
 
 
 def kill(process: Process) -> None:
@@ -170,10 +215,10 @@ def _processes() -> Iterator[tuple[int, list[str], Path]]:
             yield int(folder.name), fields, folder
 
 
-def check_nobody(session: int, mark: str = "") -> None:
-    """Raise Broken when a process of an ended run is still there after a while."""
-    deadline = time.monotonic() + GONE_SECONDS
-    while left := in_session(session) | (marked(mark) if mark else set()):
+def check_nobody(session: int, mark: str = "", *, agents: bool = False) -> None:
+    """Raise Broken when a process of an ended run is still there after a while; Ray's agents only if asked."""
+    deadline = time.monotonic() + (AGENTS_GONE_SECONDS if agents else GONE_SECONDS)
+    while left := in_session(session) | (marked(mark, agents=agents) if mark else set()):
         if time.monotonic() > deadline:
             raise Broken(f"processes {left} were left behind")
         time.sleep(0.05)
@@ -191,6 +236,18 @@ def sums(run: Path) -> dict[str, str]:
 def started(run: Path) -> list[str]:
     """The keys of the tasks that runs of this folder have started so far, in order."""
     return [event["task"] for event in events(run) if event["state"] == "start" and event["task"] != "plan"]
+
+
+def repeated(run: Path) -> set[str]:
+    """The keys of the tasks that were started again after they had ended well."""
+    done: set[str] = set()
+    again: set[str] = set()
+    for event in events(run):
+        if event["state"] == "start" and event["task"] in done:
+            again.add(str(event["task"]))
+        if event["state"] == "done" and event["task"] != "plan":
+            done.add(str(event["task"]))
+    return again
 
 
 def events(run: Path) -> list[dict[str, object]]:
