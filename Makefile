@@ -47,7 +47,7 @@ chaos: $(READY) ## inject faults into runs at random moments, ten minutes at mos
 # atheris (libFuzzer) comes when it is asked for: it has wheels for Linux on x86_64 only.
 fuzz: $(READY) ## feed damaged files to every reader, a minute each
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
-	OMP_NUM_THREADS=1 PYTHONPATH=tests:kernels:. $(BIN)/python -m fuzz $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
 
 check: $(READY) ## lint, formatting and types
 	$(BIN)/ruff check .

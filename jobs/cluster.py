@@ -27,7 +27,7 @@ from typing import Any
 import ray
 
 from converter.errors import UnsupportedError
-from converter.hub_calls import Tell
+from converter.hub_calls import Tell, without_credentials
 from converter.progress import bytes_text
 from jobs.head import Head
 from jobs.outcome import Outcome
@@ -295,6 +295,7 @@ def _own_folder() -> str:
 def _worker_environment() -> dict[str, str]:
     """What workers need to find this code when it runs from a checkout, and the hub that the plan was made with."""
     found = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    if endpoint := os.environ.get("HF_ENDPOINT"):
+    endpoint = os.environ.get("HF_ENDPOINT")
+    if endpoint and endpoint == without_credentials(endpoint):  # Ray keeps what is sent in its state and its logs
         found["HF_ENDPOINT"] = endpoint  # fetch and publish ask the same hub as the plan; tokens are each node's own
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -136,34 +135,6 @@ def test_a_run_that_is_killed_while_it_publishes_is_completed_and_not_doubled(
             path.name: path.read_bytes() for path in folder.iterdir()
         }
         assert len(place.commits) == 2, "the one that made the repo, and ours"
-
-
-@pytest.mark.ray
-def test_the_token_is_in_no_file_no_output_and_no_argument(
-    hub_server: HubServer, manifest: Path, tmp_path: Path
-) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "converter.cli",
-        "convert",
-        str(manifest),
-        "--out",
-        str(tmp_path / "out"),
-        "--json",
-    ]
-    said = tmp_path / "said"
-    with said.open("wb") as file:
-        process = subprocess.Popen(command, env=environment(hub_server), cwd=ROOT, stdout=file, stderr=file)
-        while process.poll() is None:
-            for path in Path("/proc").glob("[0-9]*/cmdline"):
-                with contextlib.suppress(OSError):
-                    assert WRITER.encode() not in path.read_bytes()
-            time.sleep(0.1)
-    assert process.returncode == 0 and WRITER.encode() not in said.read_bytes()
-    for path in (tmp_path / "out").rglob("*"):
-        if path.is_file():
-            assert WRITER.encode() not in path.read_bytes(), path
 
 
 def test_missing_rights_and_models_are_refused_before_any_work(

@@ -60,7 +60,11 @@ def watch(name: str, seconds: float, seed: int, keep: Path) -> Row:
     folder.mkdir(parents=True, exist_ok=True)
     while (left := seconds - (time.monotonic() - started)) > 5:
         command = [sys.executable, "-m", "fuzz", "--child", name, "--seconds", str(left), "--seed", str(seed)]
-        ended = subprocess.run([*command, "--keep", str(keep)], stderr=subprocess.PIPE, text=True, check=False)
+        # libFuzzer leaves without a goodbye, so its files lie in a folder of ours, in memory where there is such a place.
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as files:
+            settings = os.environ | {"TMPDIR": files, "OMP_NUM_THREADS": "1"}
+            command += ["--keep", str(keep)]
+            ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=settings, check=False)
         counts = re.findall(r"stat::number_of_executed_units: (\d+)|^#(\d+)\s", ended.stderr, re.MULTILINE)
         row.inputs += max((int(one or other) for one, other in counts), default=0)
         if ended.returncode:
@@ -79,9 +83,9 @@ def follow(name: str, seconds: float, seed: int, keep: Path) -> int:
 
     with atheris.instrument_imports(include=["converter", "jobs"]):
         from fuzz.engine import examine
-        from fuzz.targets import TARGETS, place
+        from fuzz.targets import TARGETS
     target, seen = TARGETS[name], set[str]()
-    corpus = Path(tempfile.mkdtemp(dir=place(name).parent))
+    corpus = Path(tempfile.mkdtemp())
     for data in target.seeds():
         (corpus / hashlib.sha1(data).hexdigest()).write_bytes(data)
 
@@ -96,7 +100,6 @@ def follow(name: str, seconds: float, seed: int, keep: Path) -> int:
     limits = [f"-max_total_time={int(seconds)}", f"-timeout={SLOW_SECONDS}", f"-rss_limit_mb={MEMORY_MB}"]
     settings = ["-max_len=16384", "-len_control=20", "-print_final_stats=1", f"-artifact_prefix={keep / name}/"]
     atheris.Setup([sys.argv[0], str(corpus), f"-seed={seed}", *limits, *settings], one)
-    os.environ["OMP_NUM_THREADS"] = "1"
     atheris.Fuzz()
     return 0
 

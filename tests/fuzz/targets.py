@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
+import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -50,9 +52,10 @@ class Target:
 
 @cache
 def place(name: str) -> Path:
-    """A folder for the files of one reader, in memory where the system has such a place."""
-    root = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    return Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-", dir=root))
+    """A folder for the files of one reader, which goes with this process."""
+    folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def safetensors_file(text: bytes, size_bytes: int = 0) -> bytes:
