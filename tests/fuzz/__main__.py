@@ -60,7 +60,7 @@ def watch(name: str, seconds: float, seed: int, keep: Path) -> Row:
     folder.mkdir(parents=True, exist_ok=True)
     while (left := seconds - (time.monotonic() - started)) > 5:
         command = [sys.executable, "-m", "fuzz", "--child", name, "--seconds", str(left), "--seed", str(seed)]
-        # libFuzzer leaves without a goodbye, so its files lie in a folder of ours, in memory where there is such a place.
+        # libFuzzer leaves without a goodbye, so its files lie in a folder of ours, in memory if it can be.
         with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as files:
             settings = os.environ | {"TMPDIR": files, "OMP_NUM_THREADS": "1"}
             command += ["--keep", str(keep)]
