@@ -14,10 +14,12 @@ from converter.grids import Coded, Grid
 from converter.grids.affine import AffineGrid
 from converter.grids.floats import Fp8Grid
 from converter.grids.ggml import GgmlGrid
+from converter.grids.kmeans import KMeansGrid
+from converter.grids.levels import LevelGrid
 from converter.grids.micro import MicroGrid
 from converter.grids.plain import PlainGrid
 from converter.methods import Block, Options, Rounded
-from converter.methods.autoround import autoround
+from converter.methods.autoround import Learned, autoround
 from converter.methods.rtn import round_to_nearest
 from converter.stats import observe
 from tests.block_rows import TinyRows
@@ -75,6 +77,9 @@ LEARNED = [
     AffineGrid(bits=4),
     AffineGrid(bits=4, granularity="tensor"),
     *(MicroGrid(values=values) for values in ("mxfp4", "nvfp4")),
+    *(LevelGrid(values=values, group_size=32) for values in ("log3", "ternary")),
+    LevelGrid(values="seq2", group_size=16, offset=True, scale_bits=4),
+    KMeansGrid(bits=3, group_size=32),
     *(GgmlGrid(type=type) for type in ("Q4_0", "Q8_0", "IQ4_NL")),
 ]  # fmt: skip
 
@@ -85,6 +90,21 @@ def test_the_output_errs_less_than_that_of_rounding_to_nearest(grid: Grid) -> No
     learned = autoround(given, grids(given, grid), FEW)
     assert error(given, learned) < 0.95 * error(given, nearest(given, grid)) and learned.notes == {}
     assert list(learned.coded) == list(given.tensors)
+
+
+@pytest.mark.parametrize("grid", LEARNED, ids=lambda grid: grid.name)
+def test_what_is_tried_is_what_a_reader_will_have(grid: Grid) -> None:
+    given = block()
+    coded = nearest(given, grid).coded["up.weight"]
+    framed = grid.framed(coded.parts)
+    assert framed is not None
+    linear = Learned(given.tensors["up.weight"], coded.decode(), framed)
+    random = torch.Generator().manual_seed(3)
+    for _ in range(3):
+        linear.move(torch.randn(MIDDLE, WIDTH, generator=random), 0.2)
+        tried = linear.decode()
+        linear.keep()
+        assert torch.equal(grid.decode(linear.parts()), tried) and torch.equal(linear.decode_kept(), tried)
 
 
 @pytest.mark.parametrize("grid", LEARNED, ids=lambda grid: grid.name)

@@ -72,7 +72,7 @@ def autoround(block: Block, grids: Mapping[str, Grid], options: Options) -> Roun
 
 def _best(
     start: Rounded,
-    linears: Mapping[str, _Linear],
+    linears: Mapping[str, Learned],
     rows: Rows,
     read_back: Mapping[str, Tensor],
     first: float,
@@ -108,18 +108,18 @@ def _batches(count: int, options: Options) -> Iterator[list[int]]:
         del order[: options.batch_size]
 
 
-def _linears(block: Block, start: Mapping[str, Coded], device: torch.device) -> dict[str, _Linear]:
+def _linears(block: Block, start: Mapping[str, Coded], device: torch.device) -> dict[str, Learned]:
     """The linears whose codes can be learned, by name, where the start left them."""
-    found: dict[str, _Linear] = {}
+    found: dict[str, Learned] = {}
     for name, coded in start.items():
         weight = block.tensors[name]
         framed = coded.grid.framed(coded.parts) if is_quantized(weight, coded.grid) else None
         if framed is not None and isinstance(framed.frame, Frame):
-            found[name] = _Linear(weight.to(device), coded.decode().to(device), framed)
+            found[name] = Learned(weight.to(device), coded.decode().to(device), framed)
     return found
 
 
-class _Linear:
+class Learned:
     """A linear under way: shifts of its weights, factors of its scales, and the codes and scales that were kept.
 
     A weight beyond the reach of the code that it starts with is taken to lie at its border. A row's last group is
@@ -134,7 +134,8 @@ class _Linear:
         ladder = frame.scales
         self._scales = ladder if ladder and not ladder.rungs and ladder.group_size == frame.group_size else None
         self._columns = weight_OI.shape[1]
-        self._table = torch.tensor(frame.table, device=weight_OI.device)
+        # What codes mean where they are no steps of one size: [L], or of each group [O, G, L]
+        self._levels = torch.tensor(frame.table, device=weight_OI.device) if frame.table else frame.levels_OGL
         # A step moves what the outermost code means by as much as it shifts a weight.
         self._widest = max(abs(level) for level in frame.table or (frame.low, frame.high))
         self._zero_OG1, self._offset_OG1 = frame.zero_OG[:, :, None], frame.offset_OG[:, :, None]
@@ -172,7 +173,7 @@ class _Linear:
         moves_OGN = (free_OGN >= self._frame.low) & (free_OGN <= self._frame.high)
         if self._scales:
             slope_OGN = self._weight_OGN / self._divisor(self._scale_OG)
-            slope_OGN = self._level(self._codes_OGN.float()) - self._zero_OG1 - slope_OGN.mul_(moves_OGN)
+            slope_OGN = self._meant(self._codes_OGN) - self._zero_OG1 - slope_OGN.mul_(moves_OGN)
             slope_OG = slope_OGN.mul_(gradient_OGN).sum(2)
             self._factor_OG.sub_(rate / self._widest * (slope_OG * self._frame.scale_OG).sign_()).clamp_(*FACTORS)
         signs_OGN = (gradient_OGN * self._scale_OG[:, :, None]).sign_().mul_(moves_OGN)
@@ -201,19 +202,35 @@ class _Linear:
     def _place(self, weight_OGN: Tensor, scale_OG: Tensor) -> Tensor:
         """Where weights less their offset lie in units of a code: the nearest code is the nearest whole number."""
         level_OGN = weight_OGN / self._divisor(scale_OG) + self._zero_OG1
-        if not self._frame.table:
+        if self._levels is None:
             return level_OGN
-        below_OGN = torch.bucketize(level_OGN, self._table[1:-1], right=True)
-        return below_OGN + (level_OGN - self._table[below_OGN]) / self._table.diff()[below_OGN]
+        inner = self._levels[..., 1:-1].contiguous()
+        below_OGN = torch.searchsorted(inner, level_OGN, right=True)
+        first_OGN, gap_OGN = self._interval(below_OGN)
+        return below_OGN + (level_OGN - first_OGN) / torch.where(gap_OGN == 0, torch.inf, gap_OGN)
 
     def _level(self, place_OGN: Tensor) -> Tensor:
         """What lies at places in units of a code, in units of the scale: the inverse of `_place` but for the zero."""
-        if not self._frame.table:
+        if self._levels is None:
             return place_OGN
-        below_OGN = place_OGN.floor().long().clamp_(0, len(self._table) - 2)
-        return self._table[below_OGN] + (place_OGN - below_OGN) * self._table.diff()[below_OGN]
+        below_OGN = place_OGN.floor().long().clamp_(0, self._levels.shape[-1] - 2)
+        first_OGN, gap_OGN = self._interval(below_OGN)
+        return first_OGN + (place_OGN - below_OGN) * gap_OGN
+
+    def _interval(self, below_OGN: Tensor) -> tuple[Tensor, Tensor]:
+        """The levels of these codes, and how much further up the next ones are."""
+        first_OGN = self._meant(below_OGN)
+        return first_OGN, self._meant(below_OGN + 1) - first_OGN
+
+    def _meant(self, codes_OGN: Tensor) -> Tensor:
+        """What codes mean in units of the scale, f32, but for the zero."""
+        if self._levels is None:
+            return codes_OGN.float()
+        if self._levels.ndim == 1:
+            return self._levels[codes_OGN.long()]
+        return self._levels.gather(2, codes_OGN.long())
 
     def _read(self, codes_OGN: Tensor, scale_OG: Tensor) -> Tensor:
         """The weight [O, I] that a reader makes of codes [O, G, N] i8, in the operations of Frame.decode."""
-        level_OGN = self._table[codes_OGN.int()] if self._frame.table else codes_OGN.float()
-        return self._flat((level_OGN - self._zero_OG1).mul_(scale_OG[:, :, None]).add_(self._offset_OG1))
+        level_OGN = self._meant(codes_OGN) - self._zero_OG1
+        return self._flat(level_OGN.mul_(scale_OG[:, :, None]).add_(self._offset_OG1))
