@@ -78,8 +78,9 @@ class RayExecutor:
         self._paused: list[tuple[float, Running]] = []  # until when, by the monotonic clock
         self._address = address or ""
         self._nodes = [node for node in ray.nodes() if node["Alive"]]
-        self._has: list[Mapping[str, float]] = [node["Resources"] for node in self._nodes]
-        self._cpus = int(ray.cluster_resources().get("CPU", 1))
+        working = [node for node in self._nodes if node["Resources"].get("CPU", 0) >= 1]  # a head may have none
+        self._has: list[Mapping[str, float]] = [node["Resources"] for node in working]
+        self._cpus = sum(int(has["CPU"]) for has in self._has)
 
     @property
     def slots(self) -> int:
@@ -96,14 +97,7 @@ class RayExecutor:
 
         Refuse nodes, too, that do not see the output folder.
         """
-        for task in tasks:
-            memory, gpus = task.resources.memory_bytes, task.resources.gpus
-            if not any(has.get("memory", 0) >= memory and has.get("GPU", 0) >= gpus for has in self._has):
-                most = bytes_text(self._most_bytes)
-                wanted = f"{bytes_text(memory)} of memory" + (f" and {gpus} GPU" if gpus else "")
-                what = f"{task.title} needs {wanted}, and no node has that (the most memory is {most})"
-                remedy = "Add a larger node, or take fewer or shorter calibration and evaluation rows"
-                raise UnsupportedError("Ray", what, remedy)
+        check_nodes(tasks, self._has)
         if self._head:
             self._check_shared(store)
 
@@ -225,6 +219,24 @@ class RayExecutor:
         ray.shutdown()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def check_nodes(tasks: Sequence[Task], nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raise UnsupportedError for the first task that no node can hold; nodes: what each has, by Ray's names."""
+    if not nodes:
+        what, remedy = (
+            "no node has cores for tasks",
+            "Start the workers first: a run is planned with those that are there",
+        )
+        raise UnsupportedError("Ray", what, remedy)
+    for task in tasks:
+        memory, gpus = task.resources.memory_bytes, task.resources.gpus
+        if not any(has.get("memory", 0) >= memory and has.get("GPU", 0) >= gpus for has in nodes):
+            most = bytes_text(max(has.get("memory", 0) for has in nodes))
+            wanted = f"{bytes_text(memory)} of memory" + (f" and {gpus} GPU" if gpus else "")
+            what = f"{task.title} needs {wanted}, and no node has that (the most memory is {most})"
+            remedy = "Add a larger node, or take fewer or shorter calibration and evaluation rows"
+            raise UnsupportedError("Ray", what, remedy)
 
 
 @contextlib.contextmanager

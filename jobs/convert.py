@@ -204,6 +204,7 @@ def _work(run: Run, ready: Ready, show: Show) -> Result:
     if not run.only and not prepared.problems and not state.failed:
         for key in store.done() - set(graph.tasks):
             store.forget(key)  # of earlier settings, commits or versions: nothing will ask for it again
+        store.forget_downloads({*prepared.commits.values(), *_commits_of_texts(prepared.manifest)})
     rows = write_results(prepared, state, store)
     failures = tuple((graph.tasks[key].title, error) for key, error in state.failed.items())
     result = Result(rows=tuple(rows), failures=failures, tasks_run=len(ready.needed))
@@ -215,13 +216,18 @@ def _work(run: Run, ready: Ready, show: Show) -> Result:
 def _depends(run: Run, prepared: Prepared) -> dict[str, Any]:
     """What this run depends on, at the commits it was planned with; empty when that cannot be told."""
     commits = {model.source: prepared.commits.get(model.name, "") for model in run.manifest.models}
-    for section in ("calibration", "evaluation"):
-        text, pinned = (getattr(manifest, section).text for manifest in (run.manifest, prepared.manifest))
-        commits[text] = pinned.partition("#")[0].rpartition("@")[2]
+    texts = run.manifest.calibration.text, run.manifest.evaluation.text
+    commits |= dict(zip(texts, _commits_of_texts(prepared.manifest), strict=True))
     try:
         return settled.depends(run.manifest, run.device, commits.__getitem__)
     except (OSError, PackageNotFoundError):  # a checkout that was never installed, for one
         return {}
+
+
+def _commits_of_texts(pinned: Manifest) -> list[str]:
+    """The commits of the data sets that calibration and evaluation read, as hub:owner/name@commit#column names them."""
+    texts = pinned.calibration.text, pinned.evaluation.text
+    return [text.partition("#")[0].rpartition("@")[2] for text in texts]
 
 
 def publish(run: Run, display: Display) -> Result:

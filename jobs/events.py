@@ -24,8 +24,11 @@ def say(store: Store, show: Show, event: Event) -> None:
     """Show an event and add it to the run's log; not when `show` raises because the folder is another run's by now."""
     show(event)
     store.events.parent.mkdir(parents=True, exist_ok=True)
+    said = {"time": round(time.time(), 3)} | asdict(event)
+    if not event.counts:
+        del said["counts"]  # only a plan has them
     with store.events.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": round(time.time(), 3)} | asdict(event), ensure_ascii=False) + "\n")
+        file.write(json.dumps(said, ensure_ascii=False) + "\n")
 
 
 def put_aside(store: Store) -> None:

@@ -99,7 +99,7 @@ def status(store: Store) -> dict[str, Any]:
         "started": seen.began,
         "ended": seen.end["time"] if seen.end and not holder else None,
         "last_success": succeeded or None,
-        "fraction": round(worked / (worked + left), 4) if worked else float(not left),
+        "fraction": round(worked / (worked + left), 4) if worked else float(not seen.planned),
         "remaining_seconds": round(left / at_once, 1) if holder and worked else None,
         "planned": seen.planned.total(),
         "running": len(seen.running) if holder else 0,

@@ -20,10 +20,11 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -164,6 +165,12 @@ class Store:
         except FileNotFoundError:
             return
         shutil.rmtree(doomed, ignore_errors=True)
+
+    def forget_downloads(self, used: Collection[str]) -> None:
+        """Remove what came from hubs at other commits than those that are used."""
+        for folder in self.downloads.glob("*/*"):
+            if re.fullmatch("[0-9a-f]{40}", folder.name) and folder.name not in used:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def sweep(self) -> None:
         """Remove what killed attempts left behind; only when no other run is working here."""

@@ -23,6 +23,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from converter import cli
 from converter.errors import UnsupportedError
+from jobs.cluster import check_nodes
 from jobs.convert import pick_device
 from jobs.prepare import _cores as cores_of
 from small_run import ROOT
@@ -214,3 +215,9 @@ def test_gpus_of_a_cluster_are_not_looked_for_here(monkeypatch: pytest.MonkeyPat
     assert pick_device("auto", "head:6379") == "cpu"
     with pytest.raises(UnsupportedError, match="torch sees no GPU"):
         pick_device("cuda")
+
+
+def test_a_cluster_of_nothing_but_its_head_is_refused() -> None:
+    """Ray would wait for a node with cores for ever, and in silence."""
+    with pytest.raises(UnsupportedError, match=r"no node has cores.*Start the workers first"):
+        check_nodes([], [])

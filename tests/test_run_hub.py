@@ -105,6 +105,7 @@ def test_a_model_goes_from_hub_to_hub_once_and_follows_new_commits(
     third = hubmill(hub_server, *arguments)
     assert third.returncode == 0, third.stdout + third.stderr
     assert commit in (run / "manifest.lock.yaml").read_text()
+    assert [folder.name for folder in (run / ".work" / "hub" / "owner--small").iterdir()] == [commit], "old ones go"
     assert len(hub_server.requests("POST", "/commit/")) == commits + 2
 
 

@@ -86,6 +86,12 @@ def test_what_is_left_is_told_from_tasks_of_the_same_kind(tmp_path: Path) -> Non
     assert found["tasks"][0]["note"] == "was cut; convert goes on from here"
 
 
+def test_a_run_that_has_done_nothing_yet_is_at_its_beginning(tmp_path: Path) -> None:
+    store = Store(run=tmp_path / "small")
+    log(store, began(1.0, quantize=4), (2.0, "quantize-a", "start", {}))
+    assert status(store)["fraction"] == 0.0
+
+
 def test_a_run_that_finds_nothing_to_do_leaves_the_one_before_in_sight(tmp_path: Path) -> None:
     store = Store(run=tmp_path / "small")
     log(store, began(0.0, quantize=1), (9.0, "quantize-a", "done", {"seconds": 9.0}), ended(10.0))
