@@ -13,7 +13,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from typing import Any, Literal
 
@@ -365,6 +365,7 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(" to ".join(map(str, run)) for run in runs)
 
 
+@cache
 def families() -> tuple[Architecture, ...]:
     """Every architecture that has a YAML."""
     folder = resources.files("converter") / "architectures"

@@ -14,6 +14,7 @@ from chaos.runs import GONE_SECONDS, Broken, check_nobody, events, kill
 KILLS_A_RUN = 6
 START_SECONDS = 5.0  # that Python and Ray take before any work begins
 HEAD_LOST_SECONDS = 120.0
+MONITOR_SECONDS = 900.0  # every task there is started five times, each time in a new process
 
 
 def ray_killed(trial: Trial) -> None:
@@ -122,7 +123,7 @@ def memory_monitor(trial: Trial) -> None:
     cluster.wait_for_workers()
     before, driver = Before.of(trial.run), trial.start(cluster.address)
     try:
-        status = driver.wait(HEAD_LOST_SECONDS)
+        status = driver.wait(MONITOR_SECONDS)
     finally:
         cluster.workers.pop().kill()
         for _ in range(2):

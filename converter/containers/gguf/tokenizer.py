@@ -11,8 +11,10 @@ Sources: tokenizers' tokenizer.json; llama.cpp's vocabulary loader.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from converter.containers.gguf.vocabulary.wordpiece import read_wordpiece
 from converter.errors import HubmillError, SourceError, UnsupportedError
 
 PRE_KEY = "tokenizer.ggml.pre"
+SOMEWHERE = "\0where\0"  # stands in errors for what describes the same tokenizer another time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +60,23 @@ def describe_tokenizer(
     UnsupportedError when readers of GGUF have no way to split text as it does.
     """
     name = accepted if isinstance(accepted, str) else None
+    files = [(file.name, file.stat()) for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
+    stamps = tuple(sorted((name, state.st_size, state.st_mtime_ns) for name, state in files))
     try:
-        return describe(read_files(folder, config, where), rows, where, name)
-    except HubmillError:
-        raise
+        return _described(folder, stamps, json.dumps(dict(config)), rows, name)
+    except HubmillError as error:
+        raise type(error)(error.where.replace(SOMEWHERE, where), error.what, error.remedy) from error.__cause__
     except Exception as error:  # of JSON laid out in another way, for which tokenizers has no narrower kind
         what = f"the tokenizer's files are not laid out as the tokenizers library does: {type(error).__name__}: {error}"
         raise SourceError(where, what, "Save the tokenizer again") from error
+
+
+@lru_cache(4)  # a model has many targets, and a vocabulary takes longer to read than all the rest of them
+def _described(
+    folder: Path, stamps: tuple[tuple[str, int, int], ...], config: str, rows: int, accepted: str | None
+) -> Described:
+    """See describe_tokenizer; stamps: names, sizes and times of the files, by which they are known to be the same."""
+    return describe(read_files(folder, json.loads(config), SOMEWHERE), rows, SOMEWHERE, accepted)
 
 
 def describe(files: Files, rows: int, where: str, accepted: str | None) -> Described:
