@@ -16,7 +16,7 @@ from converter.grids import Grid
 from converter.grids.affine import AffineGrid
 from converter.grids.ggml import GgmlGrid
 from converter.grids.kmeans import KMeansGrid
-from converter.grids.levels import LEVELS, LevelGrid
+from converter.grids.levels import LevelGrid
 from converter.grids.plain import PlainGrid
 from converter.methods import Block, Options
 from converter.methods.gptq import factorize, gptq
@@ -361,13 +361,9 @@ AFFINE = [
     )
 ]
 OTHERS = [AffineGrid(bits=8, observer="kl"), AffineGrid(bits=4, observer="percentile"), GgmlGrid(type="Q8_0")]
-OTHERS += [LevelGrid(values=values, group_size=48, scale_dtype="BF16") for values in LEVELS]
-OTHERS += [LevelGrid(values=f"seq{bits}", group_size=16, offset=True, scale_bits=bits) for bits in (2, 4)]
-OTHERS += [
-    LevelGrid(values="seq3", offset=True, scale_dtype="F16"),
-    LevelGrid(values="nf4", group_size=32, scale_bits=8),
-]
-OTHERS += [KMeansGrid(bits=bits, group_size=size, levels_dtype="BF16") for bits, size in ((2, 48), (4, None))]
+OTHERS += [LevelGrid(values="ternary"), LevelGrid(values="log3", group_size=48, scale_dtype="BF16")]
+OTHERS += [LevelGrid(values="seq2", group_size=16, offset=True, scale_bits=4), LevelGrid(values="seq3", offset=True)]
+OTHERS += [LevelGrid(values="nf4", group_size=32, scale_bits=8), KMeansGrid(bits=2, group_size=48), KMeansGrid(bits=4)]
 OTHERS += [GgmlGrid(type="Q4_0"), *(PlainGrid(dtype=dtype) for dtype in ("F32", "F16", "BF16"))]
 
 
