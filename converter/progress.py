@@ -13,12 +13,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-# Control characters but line ends and tabs; what is shown in their place.
-CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+# What a terminal would obey or cannot show: control characters but line ends and tabs, marks that turn the direction of
+# text, halves of characters. What is shown in their place, and how JSON spells those that it would leave as they are.
+MARKS = (*range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *MARKS) if chr(code) not in "\n\t"}
+ESCAPED = {code: f"\\u{code:04x}" for code in MARKS}
 State = Literal["start", "running", "done", "failed", "skipped", "note"]
 
 
@@ -55,7 +58,7 @@ class JsonLines:
     def show(self, event: Event) -> None:
         if event.state != "running":
             filled = {key: value for key, value in asdict(event).items() if value}
-            sys.stdout.write(json.dumps(filled, ensure_ascii=False) + "\n")
+            sys.stdout.write(json_text(filled) + "\n")
             sys.stdout.flush()
 
     def close(self) -> None:
@@ -66,22 +69,21 @@ class Bars:
     """A bar for each job on a terminal, with what it is doing now."""
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.fields[name]}"), BarColumn(bar_width=30), TextColumn("{task.percentage:>3.0f} %"))
-        self._progress = Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[doing]}"), console=console)
+        name, doing = (TextColumn(f"{{task.fields[{key}]}}", markup=False) for key in ("name", "doing"))
+        share = TextColumn("{task.percentage:>3.0f} %")
+        self._progress = Progress(name, BarColumn(bar_width=30), share, TimeElapsedColumn(), doing, console=console)
         self._bars: dict[str, TaskID] = {}
         self._progress.start()
 
     def show(self, event: Event) -> None:
         bar = self._bars.get(event.subject)
         if bar is None:
-            bar = self._progress.add_task("", total=1.0, name=escape(event.subject), doing="")
+            bar = self._progress.add_task("", total=1.0, name=harmless(event.subject), doing="")
             self._bars[event.subject] = bar
         doing = f"{event.state} {event.title}" if event.state in ("failed", "skipped") else event.title
-        self._progress.update(bar, completed=event.fraction, doing=escape(doing))
+        self._progress.update(bar, completed=event.fraction, doing=harmless(doing))
         if event.note:
-            self._progress.console.print(
-                escape(harmless(f"{event.title or event.subject}: {event.note}")), highlight=False
-            )
+            self._progress.console.print(shown(f"{event.title or event.subject}: {event.note}"))
 
     def close(self) -> None:
         self._progress.stop()
@@ -98,13 +100,23 @@ def harmless(text: str) -> str:
     return text.translate(CONTROLS)
 
 
+def shown(text: str) -> Text:
+    """The text as rich shows it: neither its markup nor its names of emoji mean anything in it."""
+    return Text(harmless(text))
+
+
+def json_text(data: Mapping[str, object], indent: int | None = None) -> str:
+    """JSON in the letters it is about, but for those that a terminal would obey."""
+    return json.dumps(data, indent=indent, ensure_ascii=False).translate(ESCAPED)
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> None:
     """Print a table; `numbers` are the columns to set flush right."""
-    table = Table(title=escape(title), title_justify="left", show_edge=False, pad_edge=False)
+    table = Table(title=shown(title), title_justify="left", show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(escape(column), justify="right" if index in numbers else "left", overflow="fold")
+        table.add_column(shown(column), justify="right" if index in numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(harmless(cell)) for cell in row))
+        table.add_row(*map(shown, row))
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     console.print(table)
@@ -112,7 +124,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def print_json(data: Mapping[str, object]) -> None:
     """Print one JSON document for programs to read."""
-    sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    sys.stdout.write(json_text(data, indent=1) + "\n")
 
 
 def print_line(text: str) -> None:

@@ -27,6 +27,7 @@ from converter.source import Snapshot
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
 INHERITED_TAGS = 20
 MARKDOWN = re.compile(r"[\\`*_\[\]|~#$@]|^[-+=]")  # what starts something inside a line, and at its beginning
+ADDRESS = re.compile(r"(?<=:)//|(?<=\bwww)\.", re.IGNORECASE)  # by which hubs make a link of bare text
 ENTITIES: Mapping[str, str] = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 # What transformers needs beside itself for a format.
 EXTRAS: Mapping[str, str] = {
@@ -93,10 +94,11 @@ def quoted(text: object) -> str:
 
 
 def plain(text: object) -> str:
-    """The text as Markdown that shows it and does nothing else: no HTML, link, emphasis, list or mention."""
+    """The text as Markdown that shows it and does nothing else: no HTML, link, address, emphasis, list or mention."""
     shown = MARKDOWN.sub(lambda found: f"\\{found.group()}", wording.one_line(text))
     shown = re.sub(r"^(\d+)([.)])", r"\1\\\2", shown)
-    return re.sub("[<>&]", lambda found: ENTITIES[found.group()], shown)
+    shown = re.sub("[<>&]", lambda found: ENTITIES[found.group()], shown)
+    return ADDRESS.sub(lambda found: "".join(f"&#{ord(mark)};" for mark in found.group()), shown)
 
 
 def code(text: object) -> str:

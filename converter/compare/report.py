@@ -159,7 +159,7 @@ def report_html(comparison: Mapping[str, Any], tensors: Sequence[Mapping[str, An
         light=charts.colour_variables(charts.LIGHT),
         dark=charts.colour_variables(charts.DARK),
     )
-    return page
+    return page.encode("utf-8", "replace").decode("utf-8")  # half a character, which JSON can spell, is in no file
 
 
 def comparison_svg(comparison: Mapping[str, Any]) -> str:
