@@ -70,7 +70,7 @@ class Case:
 
 
 def weights_only(bits: int, group: int) -> list[Case]:
-    """RTN, GPTQ and AutoRound at so many bits."""
+    """RTN, GPTQ and AutoRound at so many bits; beside the latter our GPTQ on a chain, and what is learned on one."""
     scheme, name = f"W{bits}A16", f"w{bits}" + ("" if group == 128 else f"g{group}")
     ours = f"scheme: {scheme}, group_size: {group}"
     same = {"scheme": scheme, "group_size": group}
@@ -78,6 +78,8 @@ def weights_only(bits: int, group: int) -> list[Case]:
         Case(name=f"rtn-{name}", methods=("rtn",), target=f"{ours}, method: rtn", **same),
         Case(name=f"gptq-{name}", methods=("gptq",), target=f"{ours}, method: gptq", **same),
         Case(name=f"autoround-{name}", methods=(), target=f"{ours}, method: gptq, propagate: quantized",
+             tool="auto-round", **same),
+        Case(name=f"learned-{name}", methods=(), target=f"{ours}, method: autoround, propagate: quantized",
              tool="auto-round", **same),
     ]  # fmt: skip
 
@@ -88,6 +90,7 @@ CASES = (
          target="scheme: W4A16_ASYM, group_size: 128, method: awq"),
     *weights_only(3, 128),
     *weights_only(2, 128),
+    *weights_only(2, 64),
     *weights_only(2, 32),
     Case(name="smoothquant-gptq-w8a8", scheme="W8A8", methods=("smoothquant", "gptq"),
          target="scheme: W8A8, method: [smoothquant, gptq], smoothing_strength: 0.8"),

@@ -111,6 +111,7 @@ def test_the_plan_tells_the_price_and_other_settings_are_other_tasks(place: Path
     assert not keys[0] & keys[1]
 
 
+@pytest.mark.slow
 def test_experts_are_learned_and_those_that_no_row_reached_are_as_they_were(tmp_path: Path) -> None:
     config = Qwen3MoeConfig(
         vocab_size=4096, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,

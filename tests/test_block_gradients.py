@@ -19,7 +19,7 @@ from converter.caches import CacheRounding
 from converter.schemes import CACHES, TOKEN_INT8
 from converter.source import Snapshot, open_folder
 
-QUICK = ("qwen3", "qwen3_moe", "gpt_oss", "gpt2", "mamba", "lfm2", "deepseek_v3", "bert")
+QUICK = ("qwen3_moe", "gpt2", "bert")
 ROWS = torch.arange(36).reshape(3, 12) + 5
 
 
