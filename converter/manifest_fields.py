@@ -113,10 +113,10 @@ class Calibration(BaseModel, frozen=True, extra="forbid"):
         Switch, Field(description="Leave out rows that overflow instead of failing the model.")
     ] = False
     precision: Annotated[
-        Literal["f32", "bf16"],
-        BeforeValidator(scalars.one_of(("f32", "bf16"))),
+        Literal["auto", "f32", "bf16"],
+        BeforeValidator(scalars.one_of(("auto", "f32", "bf16"))),
         Field(description="What the blocks' linears multiply in while the rows run through them."),
-    ] = "f32"
+    ] = "auto"
 
 
 class Evaluation(BaseModel, frozen=True, extra="forbid"):

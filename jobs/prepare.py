@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from converter import dataset, hub, signing
 from converter.adapt import adapt, untied
 from converter.architecture import COMPUTED, check_blocks, code_notes, find
@@ -24,7 +26,7 @@ from converter.containers.tables import CONTAINERS
 from converter.errors import HubmillError, SourceError, UnsupportedError
 from converter.expression import evaluate
 from converter.hub_calls import Tell, hush
-from converter.manifest import Job, Manifest, Target
+from converter.manifest import Calibration, Job, Manifest, Target
 from converter.methods import Needs
 from converter.methods.rotation import why_fixed
 from converter.methods.tables import NEEDS, reorders, turns
@@ -85,7 +87,7 @@ def prepare(
         try:
             if name not in models and name not in lost:
                 models[name] = _open(job, store, tell)
-                texts[name] = _texts(manifest, unread, models[name], store)
+                texts[name] = _texts(manifest, unread, models[name], store, device)
         except HubmillError as error:
             lost[name] = error
         try:
@@ -241,7 +243,7 @@ def _pinned(manifest: Manifest, store: Store) -> tuple[Manifest, HubmillError | 
     return manifest.model_copy(update=sections), None
 
 
-def _texts(manifest: Manifest, unread: HubmillError | None, model: Model, store: Store) -> Texts:
+def _texts(manifest: Manifest, unread: HubmillError | None, model: Model, store: Store, device: str) -> Texts:
     """The token rows that this model will be calibrated and measured on, by digest; finds a text that is too short."""
     digests = ["", ""]
     if model.architecture and model.runs:
@@ -264,11 +266,21 @@ def _texts(manifest: Manifest, unread: HubmillError | None, model: Model, store:
             raise SourceError(f"model '{model.name}'", what, remedy)
         digests = [digest(tokens) for tokens in rows]
     return Texts(
-        calibration=manifest.calibration,
+        calibration=_with_precision(manifest.calibration, model, device),
         calibration_sha256=digests[0],
         evaluation=manifest.evaluation,
         evaluation_sha256=digests[1],
     )
+
+
+def _with_precision(calibration: Calibration, model: Model, device: str) -> Calibration:
+    """The same with `auto` decided here, for all nodes: bf16 for weights in bf16, where that is what is fast."""
+    if calibration.precision != "auto":
+        return calibration
+    fast, able = device == "cuda", torch.cpu.get_capabilities()
+    fast = fast or any(able.get(name) for name in ("amx_bf16", "avx512_bf16"))
+    stored = {one.dtype for one in model.snapshot.tensors.values()}
+    return calibration.model_copy(update={"precision": "bf16" if fast and "BF16" in stored else "f32"})
 
 
 def room(folder: Path) -> Room:

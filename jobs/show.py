@@ -6,10 +6,10 @@ from collections import Counter
 from typing import Any
 
 from converter.compare.card import stated_licence
-from converter.manifest import Calibration
 from jobs.convert import Ready, Run
 from jobs.needs import chain_forwards, disk_bytes, learning_passes, memory_bytes
-from jobs.work import Model, PlannedJob
+from jobs.task import Graph
+from jobs.work import Model, PlannedJob, Work
 
 
 def plan_json(run: Run, ready: Ready) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def plan_json(run: Run, ready: Ready) -> dict[str, Any]:
     ]
     return {
         "name": run.manifest.name,
-        "models": [_model_json(model, run.manifest.calibration) for model in models.values()],
+        "models": [_model_json(model, plan.graph) for model in models.values()],
         "jobs": jobs + refused,
         "tasks": len(plan.graph.tasks),
         "tasks_needed": len(ready.needed),
@@ -50,15 +50,17 @@ def plan_json(run: Run, ready: Ready) -> dict[str, Any]:
     }
 
 
-def _model_json(model: Model, calibration: Calibration) -> dict[str, Any]:
+def _model_json(model: Model, graph: Graph) -> dict[str, Any]:
     """A model as its hub or folder has it, and how it is run; its licence goes into the cards of its artifacts."""
     snapshot = model.snapshot
     licence, gap = stated_licence(snapshot.folder)
     notes = [gap.rstrip(".")] if gap else []
     if snapshot.gated:
         notes.append("It is gated: who loads an artifact accepts no terms, unless you gate its repository, too")
-    if model.runs and calibration.precision != "f32":
-        notes.append(f"Linears multiply in {calibration.precision} where a target is calibrated")
+    calibrated = (task.work for task in graph.tasks.values() if (task.kind, task.subject) == ("calibrate", model.name))
+    work = next(calibrated, None)
+    if isinstance(work, Work) and work.texts.calibration.precision != "f32":
+        notes.append(f"Linears multiply in {work.texts.calibration.precision} where a target is calibrated")
     return {"model": model.name, "repo": snapshot.repo, "commit": snapshot.commit, "licence": licence, "notes": notes}
 
 

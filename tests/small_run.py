@@ -50,7 +50,12 @@ def write_manifest(
     """A manifest for the models beside it; returns its path."""
     lines = ["name: small", "models:", *(f"  - source: folder:{source}" for source in sources), "targets:"]
     lines += [f"  {name}: {text}" for name, text in targets.items()]
-    lines += ["calibration: {sequences: 4, length: 64}", "evaluation: {sequences: 2, length: 64}", extra]
+    # f32: what is expected is the same on every machine.
+    lines += [
+        "calibration: {sequences: 4, length: 64, precision: f32}",
+        "evaluation: {sequences: 2, length: 64}",
+        extra,
+    ]
     path = folder / "small.yaml"
     path.write_text("\n".join(lines) + "\n")
     return path

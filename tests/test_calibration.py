@@ -11,9 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from converter import manifest as manifests
 from converter.calibration import digest, documents, token_rows
 from converter.errors import SourceError
+from jobs.convert import Run, plan
+from jobs.show import plan_json
+from jobs.work import Work
+from small_run import write_manifest, write_model
 
 
 def encode(text: str) -> list[int]:
@@ -127,3 +133,33 @@ def test_messages_that_the_template_refuses_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user"}]}', "utf-8")
     with pytest.raises(SourceError, match=r"a\.jsonl:1: the chat template refuses these messages: 'content'"):
         documents("file:a.jsonl", tmp_path, "calibration", chat)
+
+
+@pytest.mark.parametrize(
+    ("able", "stored", "precision"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16, "bf16"),
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16, "bf16"),
+        ({"avx512_f": True}, torch.bfloat16, "f32"),
+        ({"avx512_bf16": True}, torch.float16, "f32"),
+    ],
+)
+def test_linears_multiply_in_bf16_where_the_model_is_and_the_machine_is_fast(
+    able: dict[str, bool], stored: torch.dtype, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_model(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: value.to(stored) for name, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    write_manifest(tmp_path, {"w4a16": "{format: compressed-tensors, scheme: W4A16, method: gptq, group_size: 32}"})
+    path = tmp_path / "small.yaml"
+    path.write_text(path.read_text("utf-8").replace("precision: f32", "precision: auto"), "utf-8")
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: able)
+    run = Run(manifest=manifests.load(tmp_path / "small.yaml"), out=tmp_path / "out", executor="inprocess")
+    ready = plan(run)
+    works = [task.work for task in ready.prepared.plan.graph.tasks.values() if task.kind == "calibrate"]
+    assert [work.texts.calibration.precision for work in works if isinstance(work, Work)] == [precision] * 2
+    [model] = plan_json(run, ready)["models"]
+    told = "Linears multiply in bf16 where a target is calibrated" in model["notes"]
+    assert told == (precision == "bf16")
