@@ -70,12 +70,11 @@ def convert(path: Path, out: str, *options: str, cores: str = "") -> list[str]:
 
 
 def events(path: Path, out: str) -> list[dict[str, object]]:
+    """What the log says of tasks, not of the plan and the run as a whole."""
     log = path.parent / out / "bench" / ".work" / "events.jsonl"
-    return (
-        [json.loads(line) for line in log.read_text("utf-8").splitlines() if line.endswith("}")]
-        if log.is_file()
-        else []
-    )
+    lines = log.read_text("utf-8").splitlines() if log.is_file() else []
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    return [event for event in found if event["task"] not in ("plan", "run")]
 
 
 def seconds(command: Sequence[str]) -> float:
@@ -89,8 +88,8 @@ def task_seconds(found: list[dict[str, object]]) -> float:
 
 
 def span(found: list[dict[str, object]]) -> float:
-    """Seconds from the end of the plan to the last task's end."""
-    times = [float(str(event["time"])) for event in found if event["state"] in ("done", "failed")]
+    """Seconds from the start of the first task to the end of the last."""
+    times = [float(str(event["time"])) for event in found]
     return max(times) - min(times)
 
 

@@ -41,6 +41,7 @@ GROWTH = 2  # how much more memory a task gets that ran out of it
 STARTS = 3
 PROBE_SECONDS = 60.0  # for every node to look into the output folder: it may have to start a worker first
 PREFIX = "hubmill-ray-"
+LOST = "its processes are lost as soon as they start"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,35 +106,18 @@ class RayExecutor:
         """The driver writes a file, and every node that tasks run on reads it, and writes beside it."""
         probe = store.work / f"shared.{uuid.uuid4().hex}"
         probe.write_text(probe.name, "utf-8")
-        look = ray.remote(num_cpus=0, max_retries=0)(try_folder)
-        near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-        working = [node for node in self._nodes if node["Resources"].get("CPU", 0)]
-        asked = {
-            look.options(scheduling_strategy=near(node["NodeID"], soft=False)).remote(probe): node for node in working
-        }
+        lacks = {node["NodeID"]: LOST for node in self._nodes if node["Resources"].get("CPU", 0)}
         try:
-            answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_SECONDS)
-            lacks = {reference: self._said(reference) for reference in answered}
+            for _ in range(STARTS):
+                lacks |= _look(probe, [node for node, why in lacks.items() if why == LOST])
         finally:
             probe.unlink()
-        lacks |= dict.fromkeys(silent, f"it did not look within {PROBE_SECONDS:.0f} s")
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # one that died just now hinders nobody
-        problems = [
-            f"node {asked[one]['NodeManagerHostname']}: {why}"
-            for one, why in lacks.items()
-            if why and asked[one]["NodeID"] in alive
-        ]
+        hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+        # One that died just now hinders nobody.
+        problems = [f"node {hosts[node]}: {why}" for node, why in lacks.items() if why and node in hosts]
         if problems:
             remedy = f"Mount {store.run} at the same place on every machine of the cluster, or take those out"
             raise UnsupportedError(f"Ray at {self._address}", "; ".join(problems), remedy)
-
-    def _said(self, reference: Any) -> str:
-        try:
-            return str(ray.get(reference))
-        except ray.exceptions.OutOfMemoryError:
-            return ""  # for now: that says nothing of its folders
-        except ray.exceptions.RayError as error:
-            return str(error).strip().splitlines()[-1]
 
     def submit(self, task: Task, store: Store, tell: Tell) -> None:
         self._start(Running(task=task, store=store, tell=tell, memory_bytes=task.resources.memory_bytes))
@@ -248,6 +232,25 @@ def _ends_in_order() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+
+
+def _look(probe: Path, nodes: Sequence[str]) -> dict[str, str]:
+    """Why tasks could not work in the folder of a probe, by node; empty when they could, LOST when a process was."""
+    near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    look = ray.remote(num_cpus=0, max_retries=0)(try_folder)
+    asked = {look.options(scheduling_strategy=near(node, soft=False)).remote(probe): node for node in nodes}
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_SECONDS) if asked else ([], [])
+    found = {asked[one]: f"it did not look within {PROBE_SECONDS:.0f} s" for one in silent}
+    for one in answered:
+        try:
+            found[asked[one]] = ray.get(one)
+        except ray.exceptions.OutOfMemoryError:
+            found[asked[one]] = ""  # for now: that says nothing of its folders
+        except ray.exceptions.WorkerCrashedError:
+            found[asked[one]] = LOST
+        except ray.exceptions.RayError as error:
+            found[asked[one]] = str(error).strip().splitlines()[-1]
+    return found
 
 
 def _start_here(folder: str, cpus: int, memory_bytes: int, gpus: int) -> None:

@@ -82,7 +82,7 @@ def test_a_node_that_does_not_see_the_output_folder_is_named_before_any_work(nod
     assert process.returncode == 3, output
     assert "at the same place on every" in output
     assert re.search(r": node \S+: \S+: No such file or directory\. Mount", output), output
-    assert '"quantize' not in output
+    assert '"task": "quantize' not in output
 
 
 def test_a_cluster_writes_the_same_bytes_also_when_a_worker_and_a_node_die(nodes: Cluster, tmp_path: Path) -> None:
