@@ -66,6 +66,7 @@ class Device(StrEnum):
 
 
 NOTHING_TO_DO = "nothing to do: every artifact is there and its sources are unchanged"
+TASK_WORDS = {"running": "running", "done": "done", "failed": "failed", "skipped": "left out"}
 DEVICE = Annotated[Device, typer.Option(help="What blocks run on; auto takes a GPU when there is one.")]
 
 
@@ -215,16 +216,17 @@ def status(manifest: MANIFEST, out: OUT = Path("out"), metrics: METRICS = None, 
         [row["subject"], row["state"], f"{100 * row['fraction']:.0f} %", row["title"], row["note"]]
         for row in found["tasks"]
     ]
-    print_table(_headline(found), ("job", "state", "done", "last task", "note"), rows, numbers=(2,))
+    print_line(_headline(found))
+    print_table("jobs", ("job", "state", "done", "last task", "note"), rows, numbers=(2,))
 
 
 def _headline(found: Mapping[str, Any]) -> str:
     """A run's state in a line."""
-    line = f"{found['state']}{f': {note}' if (note := found['note']) else ''}; {100 * found['fraction']:.0f} %"
+    line = f"{found['state']}{f' ({note})' if (note := found['note']) else ''}: {100 * found['fraction']:.0f} %"
     if (left := found["remaining_seconds"]) is not None:
         line += f", about {duration_text(left)} left"
-    tasks = f"{found['done']} of {found['planned']} tasks done, {found['failed']} failed, {found['skipped']} left out"
-    return f"{line}; {found['running']} tasks running, {tasks}; begun {time_text(found['started'])}"
+    tasks = ", ".join(f"{found[state]} {word}" for state, word in TASK_WORDS.items() if found[state])
+    return f"{line}; of {found['planned']} tasks {tasks or 'none done'}; begun {time_text(found['started'])}"
 
 
 @app.command()
