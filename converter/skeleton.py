@@ -13,6 +13,7 @@ from converter.architecture import Runs
 from converter.errors import SourceError, UnsupportedError, said
 from converter.untrusted import parse_json, read_small
 
+TABLES_BYTES = 1 << 30  # causal masks of 34 blocks, as CodeGen has them, take 143 million
 # Model types as first releases had them, and their keys that transformers has under other names.
 FORMER_TYPES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon", "stablelm_epoch": "stablelm"}
 FALCON_KEYS = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers", "n_head_kv": "num_kv_heads"}
@@ -36,6 +37,10 @@ def skeleton(folder: Path, runs: Runs, dtype: torch.dtype, device: torch.device,
     except Exception as error:  # KeyError, ZeroDivisionError and others: whatever a wrong value leads to
         what = f"transformers cannot build a model from config.json: {said(error)}"
         raise SourceError(where, what, "Mend config.json") from error
+    tables = sum(buffer.nbytes for buffer in model.buffers())
+    if tables > TABLES_BYTES:  # no weights bear them out, so a number in config.json could ask for any memory
+        what = f"config.json makes {tables:,} bytes of tables, such as those of rotary positions"
+        raise SourceError(where, what, "Mend config.json")
     if runs == "encoder":
         model.pooler = None  # it would read the last hidden state, and nothing reads what it makes of it
     for module in model.modules():
@@ -45,7 +50,11 @@ def skeleton(folder: Path, runs: Runs, dtype: torch.dtype, device: torch.device,
             setattr(module, name, torch.full(buffer.shape, fill, dtype=buffer.dtype, device=device))
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # on meta it has no values; to draw them took most of the time here
-    model.initialize_weights()  # computes the buffers, as from_pretrained does
+    try:
+        model.initialize_weights()  # computes the buffers, as from_pretrained does
+    except Exception as error:  # as above
+        what = f"transformers cannot use config.json: {said(error)}"
+        raise SourceError(where, what, "Mend config.json") from error
     stored = set(model.state_dict())
     for name, buffer in model.named_buffers():
         if name not in stored and bool(torch.isnan(buffer).any()):

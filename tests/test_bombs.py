@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bounded import Bounded, bounded
+from fuzz.targets import configs, write_around
 
 __all__ = ["bounded"]  # a fixture
 
@@ -217,5 +218,26 @@ def test_a_table_that_claims_more_than_it_is_is_refused(bomb: str, bounded: Boun
     make, what = TABLES[bomb]
     make(tmp_path)
     end = bounded("parquet", tmp_path)
+    assert end.how == "refused"
+    check(end.said, what)
+
+
+CONFIGS: Mapping[str, tuple[Mapping[str, object], str]] = {
+    "a table of gigabytes": ({"head_dim": 10**9}, "makes 4,000,000,000 bytes of tables"),
+    "a number that no file holds": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e308}},
+        "which its kind of number cannot hold",
+    ),
+}
+
+
+@pytest.mark.parametrize("bomb", CONFIGS)
+def test_a_config_that_asks_for_more_than_the_weights_bear_out_is_refused(
+    bomb: str, bounded: Bounded, tmp_path: Path
+) -> None:
+    changes, what = CONFIGS[bomb]
+    write_around(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(configs()[0]) | changes))
+    end = bounded("plan", tmp_path)
     assert end.how == "refused"
     check(end.said, what)

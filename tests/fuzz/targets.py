@@ -357,16 +357,21 @@ def shapes() -> dict[str, list[int]]:
     }
 
 
+def write_around(folder: Path) -> None:
+    """Weights and a tokenizer that go with the first of `configs`."""
+    declared, end = {}, 0
+    for name, shape in shapes().items():
+        size = 2 * int(np.prod(shape))
+        declared[name] = entry("BF16", shape, end, end + size)
+        end += size
+    (folder / "model.safetensors").write_bytes(safetensors_file(json.dumps(declared).encode(), end))
+    (folder / "tokenizer.json").write_bytes(tokenizer_files()[0].split(b"\n")[1])
+
+
 def read_config(data: bytes) -> None:
     folder = place("config")
     if not (folder / "model.safetensors").exists():
-        declared, end = {}, 0
-        for name, shape in shapes().items():
-            size = 2 * int(np.prod(shape))
-            declared[name] = entry("BF16", shape, end, end + size)
-            end += size
-        (folder / "model.safetensors").write_bytes(safetensors_file(json.dumps(declared).encode(), end))
-        (folder / "tokenizer.json").write_bytes(tokenizer_files()[0].split(b"\n")[1])
+        write_around(folder)
     (folder / "config.json").write_bytes(data)
     survey(f"folder:{folder}", folder / "cache")
 

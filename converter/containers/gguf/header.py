@@ -161,7 +161,11 @@ def compose(fields: Mapping[str, Field], tensors: Sequence[Stored]) -> bytes:
     out = bytearray(MAGIC)
     out += struct.pack("<IQQ", VERSION, len(tensors), len(fields))
     for key, entry in fields.items():
-        out += _text(key) + struct.pack("<I", entry.kind) + _payload(entry)
+        try:
+            out += _text(key) + struct.pack("<I", entry.kind) + _payload(entry)
+        except (struct.error, OverflowError) as error:
+            what = f"{key} is {quoted(str(entry.value))}, which its kind of number cannot hold"
+            raise SourceError("GGUF metadata", what, "Mend config.json, or what else says it") from error
     for tensor in tensors:
         out += _text(tensor.name) + struct.pack("<I", len(tensor.shape))
         out += struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))  # GGUF lists the row length first
