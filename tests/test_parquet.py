@@ -349,9 +349,15 @@ def test_v2_values_of_the_wrong_length_are_a_source_error(tmp_path: Path) -> Non
         Parquet().open(tmp_path, None).read("a")
 
 
-def test_a_second_conversion_gives_the_same_bytes(llama: Path, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        convert(llama, tmp_path / name, make_target("INT2", group_size=32))
+@pytest.mark.parametrize("scheme", ["INT2", "INT2_DOUBLE", "TERNARY", "KMEANS2"])
+def test_a_second_conversion_gives_the_same_bytes_on_other_threads(scheme: str, llama: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    for name, count in (("one", 1), ("two", 3)):
+        torch.set_num_threads(count)
+        try:
+            convert(llama, tmp_path / name, make_target(scheme, group_size=32))
+        finally:
+            torch.set_num_threads(threads)
     first = (tmp_path / "one" / "model.parquet").read_bytes()
     assert first == (tmp_path / "two" / "model.parquet").read_bytes()
 
