@@ -102,8 +102,8 @@ def streams(target: Target) -> bool:
 
 
 def rounds_on_gpu(target: Target) -> bool:
-    """Whether there are GPU kernels for how this target is rounded: ggml's own search, not the thorough one."""
-    return streams(target) and target.search == "ggml"
+    """Whether there are GPU kernels for how this target is rounded: ggml's own search, not the thorough one; GPTQ."""
+    return target.search == "ggml" if streams(target) else target.methods[-1] == "gptq"
 
 
 def quantize_bytes(job: PlannedJob, block: int | None, gram: bool) -> int:

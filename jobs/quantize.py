@@ -187,6 +187,7 @@ def _round_group(
         batch_size=target.batch_size,
         learning_rate=target.learning_rate,
         seed=model.snapshot.commit,
+        device=work.device,
     )
     state = replace(
         state,

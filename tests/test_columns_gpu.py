@@ -20,6 +20,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from columns_gpu_worker import Case, outcomes
+from converter.architecture import Tap
+from converter.grids.affine import AffineGrid
+from converter.methods import Block, Options
+from converter.methods.gptq import gptq
+from converter.stats import observe
 from quantkernels.columns import Frame, PointFrame, gpu, on, solve
 from test_columns_kernel import Problem, even_frame, point_frame, problem, table_frame
 
@@ -74,6 +79,25 @@ def test_lattices_are_solved_on_the_cpu_whatever_the_device() -> None:
         given.solve("triton")
     moved = on(given.frame, torch.device("cpu"))
     assert torch.equal(solve(given.weight, given.factor, moved, given.order_I)[0], given.solve()[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_whole_block_is_solved_where_the_options_say() -> None:
+    weight_OI, rows_NI = torch.randn(96, 256), torch.randn(900, 256) @ torch.randn(256, 256)
+    block = Block(
+        where="block",
+        tensors={"linear.weight": weight_OI},
+        stats={"tap": observe(rows_NI, gram=True)},
+        taps=(Tap(name="tap", linears=("linear",)),),
+    )
+    grids = {"linear.weight": AffineGrid(bits=3, granularity="group", group_size=64)}
+
+    def error(device: str) -> float:
+        coded = gptq(block, grids, Options(importance=True, device=device)).coded["linear.weight"]
+        assert all(not part.is_cuda for part in coded.parts.values())
+        return float(((coded.decode() - weight_OI) @ rows_NI.T).square().mean())
+
+    assert error("cuda") == pytest.approx(error("cpu"), rel=0.02)
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ class Options:
     seed: what random choices follow from, the model's commit. sweeps is for measurements and has no word there: how
     often gptq goes over the codes again. Two took 3 % (4 bits) to 12 % (2 bits) off the KL divergence and about as long
     as all before them; more than that changed next to nothing. iterations, batch_size and learning_rate are
-    autoround's; without a rate it is 1 / iterations.
+    autoround's; without a rate it is 1 / iterations. device: where gptq factorizes and solves.
     """
 
     importance: bool = False
@@ -98,6 +98,7 @@ class Options:
     batch_size: int = 8
     learning_rate: float | None = None
     seed: str = ""
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,8 @@ class Factor:
     """A Hessian made ready: upper_II^T upper_II is the inverse of the damped Hessian with its columns in order_I.
 
     hessian_II is the damped Hessian itself, columns in their own order, in units of the Gram matrix's mean diagonal,
-    `unit`, which is None where only the diagonal was kept. note tells what was not as asked; it is empty when all was.
+    `unit`, which is None where only the diagonal was kept. Both matrices are where the Gram matrix was, order_I is on
+    the CPU. note tells what was not as asked; it is empty when all was.
     """
 
     order_I: Tensor
@@ -95,7 +96,8 @@ def gptq(block: Block, grids: Mapping[str, Grid], options: Options) -> Rounded:
 def _solve_tap(block: Block, tap: Tap, stats: TapStats, grids: Mapping[str, Grid], options: Options) -> Rounded:
     """The linears of one tap, those that have grids with codes; stats has a Gram matrix."""
     assert stats.gram is not None
-    factor_of = cache(partial(factorize, stats.gram, options.damping, f"{block.where} {tap.name}"))
+    gram_II = stats.gram.to(options.device)
+    factor_of = cache(partial(factorize, gram_II, options.damping, f"{block.where} {tap.name}"))
     names = [name for linear in tap.linears if (name := f"{linear}.weight") in grids]
     weights = {name: block.tensors[name] for name in names if is_quantized(block.tensors[name], grids[name])}
     told = ""
@@ -136,9 +138,9 @@ def aimed(weight_OI: Tensor, drift_II: Tensor, factor: Factor) -> Tensor:
     """
     assert factor.unit is not None
     order_I, upper_II = factor.order_I, factor.upper_II
-    away_OI = (weight_OI @ drift_II).div_(factor.unit)[:, order_I]
+    away_OI = (weight_OI.to(upper_II.device) @ drift_II.to(upper_II.device)).div_(factor.unit)[:, order_I]
     aimed_OI = weight_OI.clone()
-    aimed_OI[:, order_I] += (away_OI @ upper_II.T) @ upper_II
+    aimed_OI[:, order_I] += ((away_OI @ upper_II.T) @ upper_II).to(weight_OI.device)
     return aimed_OI
 
 
@@ -174,10 +176,12 @@ def _solve(linears: list[_Linear], factor: Factor, sweeps: int) -> dict[str, Cod
 def _solve_rows(
     weight_OI: Tensor, frame: columns.AnyFrame, factor: Factor, sweeps: int
 ) -> tuple[columns.AnyFrame, Tensor]:
-    """The frame, with better scales where it may have others, and the codes."""
-    threads = torch.get_num_threads()
-    codes, _ = columns.solve(weight_OI, factor.upper_II, frame, factor.order_I, threads=threads)
-    return columns.refine(weight_OI, factor.hessian_II, frame, codes, sweeps=sweeps, threads=threads)
+    """The frame, with better scales where it may have others, and the codes; solved where the factor is."""
+    threads, there = torch.get_num_threads(), factor.upper_II.device
+    there_OI = weight_OI.to(there)
+    codes, _ = columns.solve(there_OI, factor.upper_II, frame, factor.order_I, threads=threads)
+    better, codes = columns.refine(there_OI, factor.hessian_II, frame, codes, sweeps=sweeps, threads=threads)
+    return columns.on(better, weight_OI.device), codes.to(weight_OI.device)
 
 
 def factorize(gram_II: Tensor, damping: float, where: str, together: int = 1) -> Factor:
@@ -196,11 +200,11 @@ def factorize(gram_II: Tensor, damping: float, where: str, together: int = 1) ->
         broken = int((~torch.isfinite(gram_II)).any(0).sum())
         what = f"the Hessian is not finite in {broken} of {len(gram_II)} columns"
         raise NumericsError(where, what, "Check the calibration text and the model's weights, or use method rtn")
-    diagonal_I = gram_II.diagonal().double()
+    diagonal_I = gram_II.diagonal().double().cpu()
     seen_I = diagonal_I > 0
     if not bool(seen_I.any()):
         note = "the calibration rows never reached it: rounded to nearest"
-        one_II = torch.eye(len(gram_II))
+        one_II = torch.eye(len(gram_II), device=gram_II.device)
         return Factor(order_I=torch.arange(len(gram_II)), upper_II=one_II, hessian_II=one_II, note=note)
     mean = float(diagonal_I[seen_I].mean())
     order_B = diagonal_I.reshape(-1, together).sum(1).argsort(descending=True, stable=True)
@@ -246,7 +250,7 @@ def _inverse_factor(backwards_II: Tensor) -> Tensor | None:
 def _holds(upper_II: Tensor, hessian_II: Tensor, order_I: Tensor) -> bool:
     """Whether upper_II^T upper_II undoes hessian_II, as far as a few vectors of random signs can tell."""
     random = torch.Generator().manual_seed(len(upper_II))
-    probe_IP = torch.randint(0, 2, (len(upper_II), PROBES), generator=random).float() * 2 - 1
+    probe_IP = torch.randint(0, 2, (len(upper_II), PROBES), generator=random).float().to(upper_II.device) * 2 - 1
     back_IP = upper_II.T @ (upper_II @ (hessian_II @ probe_IP)[order_I])
     return bool((back_IP - probe_IP[order_I]).square().mean().sqrt() < PROBE_ERROR)
 
@@ -255,7 +259,8 @@ def _upper_inverse(upper_II: Tensor) -> Tensor:
     """The inverse of an upper triangular matrix, half by half: a third of the operations of solving for an identity."""
     size = len(upper_II)
     if size <= LEAF:
-        solved_II: Tensor = torch.linalg.solve_triangular(upper_II, torch.eye(size, dtype=upper_II.dtype), upper=True)
+        one_II = torch.eye(size, dtype=upper_II.dtype, device=upper_II.device)
+        solved_II: Tensor = torch.linalg.solve_triangular(upper_II, one_II, upper=True)
         return solved_II
     half = size // 2
     inverse_II = torch.zeros_like(upper_II)
