@@ -153,7 +153,7 @@ class Snapshot:
         where = f"{self.repo}: {name}"
         columns = header.shape[-1] if header.shape else 1
         rows = math.prod(header.shape[:-1])
-        height = rows if weights is None else max(1, min(rows, weights // max(1, columns)))
+        height = rows if weights is None or not columns else max(1, min(rows, weights // columns))
         packed = self.packed.get(name)
         stored = header if header.view is None else replace(header, shape=header.view.shape)
         load = partial(self._load, stored) if packed is None else rows_of(packed, self._load, where)
@@ -407,11 +407,11 @@ def parse_header(data: bytes, size: int, file: str, where: str) -> tuple[Header,
             raise SourceError(place, what, remedy) from error
         said = quoted(name)
         numbers = [*shape, start, end] if isinstance(shape, list) else [None]
-        real = all(type(number) is int and 0 <= number < MOST_ELEMENTS for number in numbers)
-        if not real or not name.isprintable() or not name:
-            raise SourceError(place, f"tensor {said} has a shape, an offset or a name that is none", remedy)
-        if len(shape) > MOST_DIMENSIONS:
+        if isinstance(shape, list) and len(shape) > MOST_DIMENSIONS:
             raise SourceError(place, f"tensor {said} has {len(shape)} dimensions", remedy)
+        real = all(type(number) is int and 0 <= number < MOST_ELEMENTS for number in numbers)
+        if not real or math.prod(max(1, size) for size in shape) >= MOST_ELEMENTS or not name.isprintable() or not name:
+            raise SourceError(place, f"tensor {said} has a shape, an offset or a name that is none", remedy)
         if not isinstance(dtype, str) or dtype not in DTYPES:
             what = f"tensor {said} has the unknown type {quoted(str(dtype))}; known are {', '.join(DTYPES)}"
             raise SourceError(place, what, "Store the model in one of those")

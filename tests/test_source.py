@@ -204,7 +204,8 @@ BAD_HEADERS: dict[str, tuple[object, bytes, str]] = {
     "negative offset": ({"a": entry(offsets=(-8, 0))}, bytes(8), "that is none"),
     "name with control": ({"a\n": entry()}, bytes(8), "that is none"),
     "length lies": ({"a": entry(shape=(3,))}, bytes(8), "needs 12 bytes, its offsets span 8"),
-    "shape overflows": ({"a": entry(shape=(1 << 40, 1 << 40))}, bytes(8), "its offsets span 8"),
+    "shape overflows": ({"a": entry(shape=(1 << 40, 1 << 40))}, bytes(8), "that is none"),
+    "rows without columns": ({"a": entry(shape=(1 << 40, 1 << 40, 0), offsets=(0, 0))}, b"", "that is none"),
     "end before start": ({"a": entry(offsets=(8, 0))}, bytes(8), "its offsets span -8"),
     "overlap": ({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12), "'b' overlaps"),
     "gap": ({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20), "'b' leaves a gap"),
@@ -213,6 +214,12 @@ BAD_HEADERS: dict[str, tuple[object, bytes, str]] = {
     "too long": ({"a": entry()}, bytes(9), "1 bytes after the last tensor"),
     "empty": ({}, b"", "hold no tensor"),
 }
+
+
+def test_rows_of_no_columns_are_one_slab(tmp_path: Path) -> None:
+    write_raw(tmp_path / "model.safetensors", {"a": entry(shape=(1 << 40, 0), offsets=(0, 0))})
+    (slab,) = open_folder(tmp_path, "test").slabs("a", 1000)
+    assert slab.shape == (1 << 40, 0)
 
 
 @pytest.mark.parametrize("fault", BAD_HEADERS)

@@ -32,6 +32,7 @@ MAX_DIMENSIONS = 4
 HEAD_LIMIT_BYTES = 256 << 20
 MOST_VALUES = 8 << 20
 MOST_TENSORS = 1 << 17
+MOST_ELEMENTS = 1 << 63  # of a tensor, were each of its dimensions at least 1
 STRING, ARRAY = int(gguf.GGUFValueType.STRING), int(gguf.GGUFValueType.ARRAY)
 # struct codes of the scalar kinds
 CODES: dict[int, str] = {
@@ -307,6 +308,8 @@ def _tensor(cursor: _Cursor) -> Stored:
     if not 1 <= dimensions <= MAX_DIMENSIONS:
         raise cursor.fail(f"tensor {said} claims {dimensions} dimensions")
     shape = tuple(reversed(cursor.unpack(f"{dimensions}Q")))
+    if math.prod(max(1, size) for size in shape) >= MOST_ELEMENTS:
+        raise cursor.fail(f"tensor {said} claims the shape {list(shape)}")
     number, offset = cursor.unpack("IQ")
     if number not in TYPE_NAMES:
         raise cursor.fail(f"tensor {said} is of the unknown type {number}")
