@@ -149,7 +149,7 @@ def learning_bytes(job: PlannedJob, texts: Texts, block: int, threads: int) -> i
     hidden = hidden_bytes(job.model, texts.calibration.sequences * texts.calibration.length)
     passed = threads * PASSED * hidden_bytes(job.model, texts.calibration.length)
     learned = (LEARNED + threads) * block_bytes(job.model, block) + 4 * hidden + passed
-    return quantize_bytes(job, block, gram=False) + learned
+    return quantize_bytes(job, block, gram=True) + learned
 
 
 def _rows_bytes(model: Model, texts: Texts, block: int) -> int:

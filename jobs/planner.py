@@ -260,10 +260,10 @@ def _quantize_task(
         key = beside.key if beside else ""
         own = replace(own, gram_taps=grams, drift_taps=drifts, chained=calibrated, beside=key)
         memory_bytes, staged = needs.stages_bytes(job, work.texts, block or 0), statistics.resources.cpus
-    elif rows and statistics is not None:
+    if rows and statistics is not None:
         own = replace(own, chained=calibrated if job.target.has_chain else "", beside=beside.key if beside else "")
         staged = statistics.resources.cpus
-        memory_bytes = needs.learning_bytes(job, work.texts, block or 0, staged)
+        memory_bytes = max(memory_bytes, needs.learning_bytes(job, work.texts, block or 0, staged))
         spec["steps"] = [job.target.iterations, job.target.batch_size, job.target.learning_rate]
     return Task(
         kind="quantize",

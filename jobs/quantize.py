@@ -210,12 +210,13 @@ def _round_group(
         },
     )
     shared = share_ranges(state, grids)
-    if in_stages(attempt):
-        rounded = round_in_stages(attempt, model, state, moved, shared, options, local)
-    else:
-        if attempt.task.block is not None and NEEDS[target.methods[-1]](target.collects_imatrix).rows:
-            state = replace(state, rows=rows_of_block(attempt, model, state, moved, local))
-        rounded = ROUNDERS[target.methods[-1]](state, shared, options)
+    rounder = target.methods[-1]
+    learns = attempt.task.block is not None and NEEDS[rounder](target.collects_imatrix).rows
+    rounded = round_in_stages(attempt, model, state, moved, shared, options, local) if in_stages(attempt) else None
+    if learns:
+        state = replace(state, start=rounded, rows=rows_of_block(attempt, model, state, moved, local))
+    if learns or rounded is None:
+        rounded = ROUNDERS[rounder](state, shared, options)
     given = {name: tensor.activations for name, tensor in local.items() if tensor.activations}
     fixed = fix_inputs(state, given, target.input_observer)
     kept = largest_kept(state, {name: tensor.cached for name, tensor in local.items() if tensor.cached})

@@ -20,6 +20,7 @@ from converter.grids.micro import MicroGrid
 from converter.grids.plain import PlainGrid
 from converter.methods import Block, Options, Rounded
 from converter.methods.autoround import Learned, autoround
+from converter.methods.gptq import gptq
 from converter.methods.rtn import round_to_nearest
 from converter.stats import observe
 from tests.block_rows import TinyRows
@@ -37,7 +38,7 @@ def hidden(sequences: int = 12, seed: int = 1) -> Tensor:
     return torch.randn(sequences, 24, WIDTH, generator=random) @ mix * torch.logspace(-1, 0.5, WIDTH)
 
 
-def block(rows_NTI: Tensor | None = None) -> Block:
+def block(rows_NTI: Tensor | None = None, gram: bool = False) -> Block:
     random = torch.Generator().manual_seed(0)
     tensors = {
         "norm.weight": torch.rand(WIDTH, generator=random) + 0.5,
@@ -47,7 +48,7 @@ def block(rows_NTI: Tensor | None = None) -> Block:
     rows_NTI = hidden() if rows_NTI is None else rows_NTI
     read = (rows_NTI * tensors["norm.weight"]).flatten(0, 1)
     middle = torch.nn.functional.silu(read @ tensors["up.weight"].T)
-    stats = {"mlp_input": observe(read, False), "mlp_middle": observe(middle, False)}
+    stats = {"mlp_input": observe(read, gram), "mlp_middle": observe(middle, gram)}
     return Block(where="block 3", tensors=tensors, stats=stats, taps=TAPS, rows=TinyRows(tensors, rows_NTI))
 
 
@@ -112,6 +113,16 @@ def test_without_steps_it_is_rounding_to_nearest_with_importance(grid: Grid) -> 
     given = block()
     still = autoround(given, grids(given, grid), dataclasses.replace(FEW, iterations=0))
     assert all(same(coded, nearest(given, grid).coded[name]) for name, coded in still.coded.items())
+
+
+@pytest.mark.parametrize("grid", LEARNED, ids=lambda grid: grid.name)
+def test_with_gram_matrices_it_goes_on_from_gptq(grid: Grid) -> None:
+    given = block(gram=True)
+    still = autoround(given, grids(given, grid), dataclasses.replace(FEW, iterations=0))
+    start = gptq(given, grids(given, grid), Options(importance=True))
+    assert all(same(coded, start.coded[name]) for name, coded in still.coded.items())
+    # So small a block is nearly linear, where GPTQ leaves nothing to gain
+    assert error(given, autoround(given, grids(given, grid), FEW)) <= error(given, start)
 
 
 @pytest.mark.parametrize("rate", [0.5, 3.0])

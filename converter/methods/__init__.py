@@ -71,6 +71,7 @@ class Block:
     residual: Residual | None = None
     middles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rows: Rows | None = None
+    start: Rounded | None = None
 
     def stats_of(self, tensor: str) -> TapStats | None:
         """The statistics of the tap that the linear with weight `tensor` reads; None when it has none."""

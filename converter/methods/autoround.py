@@ -3,7 +3,8 @@
 Every weight has a shift of at most half a code, every scale a factor; both begin where the start has them and go a
 fixed step against the sign of their gradient, steps that shrink to nothing. The block's output is what is compared, so
 its linears make up for each other's errors as no solver can that sees one Hessian at a time. The price: some fifty
-passes forward and back over the calibration rows for each block where statistics take one forward.
+passes forward and back over the calibration rows for each block where statistics take one forward. The paper starts
+from rounding to nearest; what GPTQ gives is a better place to start from and next to the rest costs nothing.
 
 Signs need no more of the quantizer than a straight-through gradient, which has a closed form: the block is
 differentiated with respect to its weights as they are read back, by whoever runs it, and all that is learned is here.
@@ -23,13 +24,14 @@ from torch import Tensor
 from converter.grids import Coded, Framed, Grid
 from converter.grids.observers import grouped
 from converter.methods import Block, Options, Rounded, Rows
+from converter.methods.gptq import gptq
 from converter.methods.rtn import is_quantized, round_to_nearest
 from quantkernels import columns
 from quantkernels.columns import Frame
 
 REACH = 0.499  # of a code: how far from its start's code a weight is taken to be at most, so that it begins there
-FIXED = "no code of its own for each weight: rounded to nearest with importance"
-NO_BETTER = "no step erred less than rounding to nearest with importance, which was kept"
+FIXED = "no code of its own for each weight: not learned"
+NO_BETTER = "no step erred less than the start, which was kept"
 HALF = 0.5  # of a code: how far a weight is shifted at most
 FACTORS = (0.5, 1.5)  # of the start's scales
 
@@ -37,13 +39,16 @@ FACTORS = (0.5, 1.5)  # of the start's scales
 def autoround(block: Block, grids: Mapping[str, Grid], options: Options) -> Rounded:
     """Every linear with a grid of single codes rounded so that the block's output is near the original's.
 
-    The start is round_to_nearest with importance; without rows, and for grids without codes, that is the result. Which
-    sequences a step sees follows from options.seed. Of all steps that one is kept which erred least on its sequences,
-    as a share of the start's error on the same; it, the last one and the start are then compared on all rows, so that
-    the result errs no more than the start. Where nothing was better, a note says so.
+    The start is the block's, or what gptq gives, or round_to_nearest with importance where no Gram matrix is. Without
+    rows, and for grids without codes, that is the result. Which sequences a step sees follows from options.seed. Of all
+    steps that one is kept which erred least on its sequences, as a share of the start's error on the same; it, the last
+    one and the start are then compared on all rows, so that the result errs no more than the start. Where nothing was
+    better, a note says so.
     Source: Cheng et al. 2023, arXiv:2309.05516.
     """
-    start = round_to_nearest(block, grids, replace(options, importance=True))
+    measured = any(stats.gram is not None for stats in block.stats.values())
+    rounder = gptq if measured else round_to_nearest
+    start = block.start or rounder(block, grids, replace(options, importance=True))
     rows = block.rows
     if rows is None:
         return start

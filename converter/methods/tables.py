@@ -47,7 +47,7 @@ NEEDS: dict[str, Callable[[bool], Needs]] = {
     "rtn": lambda importance: Needs(sums=importance),
     "gptq": lambda importance: Needs(sums=True, gram=True, drift=True),
     "hqq": lambda importance: Needs(sums=importance),
-    "autoround": lambda importance: Needs(sums=True, rows=True),
+    "autoround": lambda importance: Needs(sums=True, gram=True, drift=True, rows=True),
 }
 
 
