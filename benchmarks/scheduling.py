@@ -4,9 +4,9 @@
 
 plan: seconds from a manifest of 1,000 jobs (20 models of the quickstart's size, 50 targets) to the list of tasks and
 refusals. jobs: 50 jobs of one such model in this process; what the run took beside the seconds that its tasks were
-given. resume: the same with a kill in the middle: what both parts took beyond one undisturbed run, and how much of that
-is the task that was cut. scale: 12 jobs on one worker and on two, each bound to a core of its own; meaningless unless
-two cores are idle, so the load is printed beside it.
+given. resume: such a run killed in the middle and gone on with; what both parts took beyond an undisturbed one, a
+second start and plan among it. scale: 12 jobs on one worker and on two, each bound to a core of its own; meaningless
+unless two cores are idle, so the load is printed beside it.
 """
 
 from __future__ import annotations
@@ -129,29 +129,30 @@ def jobs(folder: Path, count: int) -> dict[str, float]:
 
 
 def resume(folder: Path, count: int) -> dict[str, float]:
-    """A kill in the middle of a run: what it costs in all, and beyond the task that was cut."""
+    """A kill in the middle of a run: what both parts take beyond an undisturbed run, from start to end of a process."""
     path = manifest(folder, count)
-    seconds(convert(path, "whole", "--executor", "inprocess"))
-    whole = span(events(path, "whole"))
-    total = sum(event["state"] == "start" for event in events(path, "whole"))
+    whole = seconds(convert(path, "whole", "--executor", "inprocess"))
+    undisturbed = events(path, "whole")
+    total = sum(event["state"] == "start" for event in undisturbed)
+    begin = time.monotonic()
     driver = subprocess.Popen(convert(path, "out", "--executor", "inprocess"), stdout=subprocess.DEVNULL, cwd=ROOT)
     while sum(event["state"] == "done" for event in events(path, "out")) < total // 2:
         time.sleep(0.02)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
+    until = time.monotonic() - begin
     before = events(path, "out")
-    cut = time.time() - float(str(before[-1]["time"]))
-    seconds(convert(path, "out", "--executor", "inprocess"))
-    after = events(path, "out")[len(before) :]
-    parts = span(before) + cut, span(after)
+    after = seconds(convert(path, "out", "--executor", "inprocess"))
     return {
+        "tasks": total,
         "whole_s": whole,
-        "until_kill_s": parts[0],
-        "after_s": parts[1],
-        "cut_task_s": cut,
-        "overhead_share": (sum(parts) - whole) / whole,
-        "overhead_share_beyond_the_cut_task": (sum(parts) - cut - whole) / whole,
-        "task_seconds_ratio": (task_seconds(before) + task_seconds(after)) / task_seconds(events(path, "whole")),
+        "until_kill_s": until,
+        "after_s": after,
+        "started_twice": sum(event["state"] == "start" for event in events(path, "out")) - total,
+        "overhead_share": (until + after - whole) / whole,
+        "start_and_plan_s": whole - span(undisturbed),
+        "task_seconds_ratio": task_seconds(events(path, "out")) / task_seconds(undisturbed),
+        "done_before_kill": sum(event["state"] == "done" for event in before),
     }
 
 

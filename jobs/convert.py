@@ -201,6 +201,7 @@ def _work(run: Run, ready: Ready, show: Show) -> Result:
             state = drive(graph, ready.needed, ready.done, executor, store, show)
         finally:
             executor.close()
+        store.sweep()  # what killed workers left: the next run may find nothing to do, and look no further
     if not run.only and not prepared.problems and not state.failed:
         for key in store.done() - set(graph.tasks):
             store.forget(key)  # of earlier settings, commits or versions: nothing will ask for it again

@@ -152,7 +152,7 @@ def _calibrate_tasks(jobs: Sequence[PlannedJob], work: Work, fetch: Task, cpus: 
                 takes=bool(keep) and not hidden,
                 calibrated=before.key if block else "",
             ),
-            reads=(before.key,),
+            reads=tuple(dict.fromkeys((fetch.key, before.key))),
             resources=Resources(
                 cpus=max(1, cpus // 2),
                 gpus=_gpus(work),
@@ -329,7 +329,7 @@ def _artifact_tasks(
         subject=job.subject,
         spec={"device": work.device},
         work=replace(work, assembled=assemble.key, parts=parts, referenced=reference.key if reference else ""),
-        reads=(assemble.key, *((reference.key,) if reference else ())),
+        reads=(fetch.key, assemble.key, *((reference.key,) if reference else ())),
         resources=Resources(gpus=_gpus(work), memory_bytes=needs.evaluate_bytes(work.model, work.texts)),
     )
     yield evaluate
@@ -353,7 +353,7 @@ def _artifact_tasks(
             repo=place,
             sign_key=job.signed.key if job.signed else None,
         ),
-        reads=(assemble.key, evaluate.key),
+        reads=(fetch.key, assemble.key, evaluate.key),
         here=job.signed is not None,
     )
     yield finish

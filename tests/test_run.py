@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -155,6 +157,34 @@ def test_outputs_of_earlier_settings_do_not_pile_up(tmp_path: Path) -> None:
         assert convert(a_run(tmp_path, "out"), Quiet()).exit_code == 0
     kept = sorted(key.partition("-")[0] for key in Store(run=tmp_path / "out" / "small").done())
     assert kept == ["assemble", "evaluate", "fetch", "finish"]
+
+
+def test_every_step_declares_what_it_reads(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what it reads would not be made again when it is damaged, and a Ray task could start before it is there."""
+    read: dict[str, set[str]] = {}
+    now: list[str] = []
+    record, attempt = Store.record, Store.attempt
+
+    def recording(store: Store, key: str) -> dict[str, object]:
+        read.setdefault(now[-1] if now else "", set()).add(key)
+        return record(store, key)
+
+    @contextmanager
+    def attempting(store: Store, key: str) -> Iterator[tuple[Path, dict[str, object]]]:
+        now.append(key)
+        with attempt(store, key) as found:
+            yield found
+        now.pop()
+
+    monkeypatch.setattr(Store, "record", recording)
+    monkeypatch.setattr(Store, "attempt", attempting)
+    run = a_run(place, "reading")
+    assert convert(run, Quiet()).exit_code == 0
+    tasks = plan(run).prepared.plan.graph.tasks
+    seen = {key: keys for key, keys in read.items() if key}
+    assert len({key.partition("-")[0] for key in seen}) > 5
+    for key, keys in seen.items():
+        assert keys <= set(tasks[key].reads), f"{tasks[key].title} reads {keys - set(tasks[key].reads)}"
 
 
 @pytest.mark.slow
