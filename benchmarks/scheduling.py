@@ -22,11 +22,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "manifests" / "quickstart" / "model"
 GGUF = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "Q3_K_M", "Q3_K_S")
 MODELS = 20
+QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "cwd": ROOT}
 RUN = [sys.executable, "-m", "converter.cli"]
 
 
@@ -100,6 +102,7 @@ def plan(folder: Path, jobs: int) -> dict[str, float]:
 import time, json
 begin = time.monotonic()
 from pathlib import Path
+from typing import Any
 from converter import manifest
 from jobs.convert import Run, plan
 imported = time.monotonic()
@@ -129,31 +132,38 @@ def jobs(folder: Path, count: int) -> dict[str, float]:
 
 
 def resume(folder: Path, count: int) -> dict[str, float]:
-    """A kill in the middle of a run: what both parts take beyond an undisturbed run, from start to end of a process."""
+    """A kill in the middle of a run: what both parts take beyond an undisturbed run, from start to end of a process.
+
+    In processor time, which other work on the machine changes little.
+    """
     path = manifest(folder, count)
-    whole = seconds(convert(path, "whole", "--executor", "inprocess"))
-    undisturbed = events(path, "whole")
-    total = sum(event["state"] == "start" for event in undisturbed)
-    begin = time.monotonic()
-    driver = subprocess.Popen(convert(path, "out", "--executor", "inprocess"), stdout=subprocess.DEVNULL, cwd=ROOT)
+    whole = processor_seconds(subprocess.Popen(convert(path, "whole", "--executor", "inprocess"), **QUIET))
+    total = sum(event["state"] == "start" for event in events(path, "whole"))
+    begun = time.process_time()
+    driver = subprocess.Popen(convert(path, "out", "--executor", "inprocess"), **QUIET)
     while sum(event["state"] == "done" for event in events(path, "out")) < total // 2:
         time.sleep(0.02)
     driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    until = time.monotonic() - begin
-    before = events(path, "out")
-    after = seconds(convert(path, "out", "--executor", "inprocess"))
+    until = processor_seconds(driver)
+    after = processor_seconds(subprocess.Popen(convert(path, "out", "--executor", "inprocess"), **QUIET))
+    nothing = processor_seconds(subprocess.Popen([*RUN, "plan", str(path), "--out", str(folder / "new")], **QUIET))
     return {
         "tasks": total,
-        "whole_s": whole,
-        "until_kill_s": until,
-        "after_s": after,
+        "whole_processor_s": whole,
+        "until_kill_processor_s": until,
+        "after_processor_s": after,
+        "start_and_plan_processor_s": nothing,
         "started_twice": sum(event["state"] == "start" for event in events(path, "out")) - total,
         "overhead_share": (until + after - whole) / whole,
-        "start_and_plan_s": whole - span(undisturbed),
-        "task_seconds_ratio": task_seconds(events(path, "out")) / task_seconds(undisturbed),
-        "done_before_kill": sum(event["state"] == "done" for event in before),
+        "watching_processor_s": time.process_time() - begun,
     }
+
+
+def processor_seconds(process: subprocess.Popen[bytes]) -> float:
+    """What a process and its threads took, once it has ended."""
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
+    return usage.ru_utime + usage.ru_stime
 
 
 def scale(folder: Path, count: int) -> dict[str, float]:

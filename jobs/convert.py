@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError
@@ -160,13 +160,13 @@ def convert(run: Run, display: Display) -> Result:
         hint = ("Nothing was started. --skip-unsupported leaves out what cannot be done and does the rest.",)
         raise Refused((*ready.reasons, *(hint if others else ())))
     store, graph = run.store, ready.prepared.plan.graph
-    with only_run(store, display.show) as show:
+    with only_run(store, display.show) as (show, check):
         events.put_aside(store)
         counts = dict(Counter(str(graph.tasks[key].kind) for key in ready.needed))
         events.say(store, show, replace(planning, state="done", fraction=1.0, counts=counts))
         ending = Event(task=events.RUN, subject=run.manifest.name, state="failed", title="run", fraction=1.0)
         try:
-            result = _work(run, ready, show)
+            result = _work(run, ready, show, check)
         except BaseException as error:
             why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
             with suppress(UnsupportedError):  # of a folder that was lost, whose log is another run's
@@ -180,7 +180,7 @@ def convert(run: Run, display: Display) -> Result:
     return result
 
 
-def _work(run: Run, ready: Ready, show: Show) -> Result:
+def _work(run: Run, ready: Ready, show: Show, check: Callable[[], None]) -> Result:
     """Run the tasks that a plan found needed, and write what came of them; the run's folder is held meanwhile."""
     store, prepared, graph = run.store, ready.prepared, ready.prepared.plan.graph
     depends = _depends(run, prepared)
@@ -189,7 +189,7 @@ def _work(run: Run, ready: Ready, show: Show) -> Result:
     write_text(store.run / "manifest.lock.yaml", lock_text(prepared.manifest, prepared.commits, facts))
     write_text(store.owner, str(run.manifest.path.absolute()))
     state = Progress(done=set(ready.done))
-    store.sweep()
+    store.sweep(check)
     for key in graph.leftover(ready.done):
         store.forget(key)
     if ready.needed:
@@ -201,7 +201,7 @@ def _work(run: Run, ready: Ready, show: Show) -> Result:
             state = drive(graph, ready.needed, ready.done, executor, store, show)
         finally:
             executor.close()
-        store.sweep()  # what killed workers left: the next run may find nothing to do, and look no further
+        store.sweep(check)  # what killed workers left: the next run may find nothing to do, and look no further
     if not run.only and not prepared.problems and not state.failed:
         for key in store.done() - set(graph.tasks):
             store.forget(key)  # of earlier settings, commits or versions: nothing will ask for it again
@@ -247,7 +247,7 @@ def publish(run: Run, display: Display) -> Result:
     places = [work.place for work in works if isinstance(work, Work) and work.place]
     if problems := open_hub(places[0]).problems(places):
         raise Refused([str(problem) for problem in problems])
-    with only_run(store, display.show) as show:
+    with only_run(store, display.show) as (show, _):
         state = drive(graph, todo, ready.done - set(todo), InProcess(ready.room.cpus), store, show)
     failures = tuple((graph.tasks[key].title, error) for key, error in state.failed.items())
     return Result(rows=(), failures=failures, tasks_run=len(todo))
@@ -293,10 +293,11 @@ def check_owner(run: Run) -> None:
 
 
 @contextmanager
-def only_run(store: Store, show: Show) -> Iterator[Show]:
-    """Hold the run's folder, which is let go of when this process ends, however it ends; gives what shows events.
+def only_run(store: Store, show: Show) -> Iterator[tuple[Show, Callable[[], None]]]:
+    """Hold the run's folder, which is let go of when this process ends, however it ends.
 
-    Raises UnsupportedError, also from that, when the folder is another run's.
+    Gives what shows events, and what looks whether the folder is still ours; both raise UnsupportedError if it is not.
+    Raises UnsupportedError when it is another run's already.
     """
     with ExitStack() as stack:
         try:
@@ -311,7 +312,7 @@ def only_run(store: Store, show: Show) -> Iterator[Show]:
             lease.check()  # so that nothing more is begun in a folder that was lost
             show(event)
 
-        yield shown
+        yield shown, lease.check
 
 
 def finished(graph: Graph, store: Store) -> set[str]:

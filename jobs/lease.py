@@ -13,6 +13,7 @@ hosts, and none says who holds it.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import os
@@ -79,6 +80,9 @@ class Lease:
 
     def check(self) -> None:
         """Raise UnsupportedError when another run has taken over meanwhile."""
+        if not self._lost_to:
+            with contextlib.suppress(OSError):  # it does not answer: the heartbeat asks again
+                self._look()
         if self._lost_to:
             what = f"this run stood still for too long, and {self._lost_to}"
             raise UnsupportedError(str(self._path.parent.parent), what, "Leave the folder to it; what is done is kept")
@@ -91,16 +95,17 @@ class Lease:
             self._path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
-            try:
-                found, _ = _read(self._path)
-                if found == self._holder:
+        while not self._lost_to and not self._stop.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):  # the folder does not answer: if it stays so, the lease is taken over
+                if self._look():
                     os.utime(self._path)
-                    continue
-            except OSError:  # the shared folder does not answer: if it stays so, the lease is taken over
-                continue
+
+    def _look(self) -> bool:
+        """Whether the lease is this one; otherwise it is lost for good."""
+        found, _ = _read(self._path)
+        if found != self._holder:
             self._lost_to = f"another took over: {found}" if found else "its lease is gone"
-            return
+        return found == self._holder
 
 
 @contextmanager

@@ -172,10 +172,20 @@ class Store:
             if re.fullmatch("[0-9a-f]{40}", folder.name) and folder.name not in used:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def sweep(self) -> None:
-        """Remove what killed attempts left behind; only when no other run is working here."""
-        shutil.rmtree(self.work / "attempts", ignore_errors=True)
-        shutil.rmtree(self.work / "progress", ignore_errors=True)
+    def sweep(self, check: Callable[[], None]) -> None:
+        """Remove what killed attempts left behind. check: raises when the folder is another run's by now.
+
+        It is asked between looking and removing, so that what goes was there while the folder was ours, however long
+        this process stands still in between: the attempts of whoever took over are not touched.
+        """
+        folders = self.work / "attempts", self.work / "progress"
+        doomed = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+        check()
+        for path in doomed:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def progress_file(self, key: str) -> Path:
         return self.work / "progress" / key

@@ -17,6 +17,7 @@ import pytest
 from converter.errors import UnsupportedError
 from jobs import lease
 from jobs.lease import Holder, held, holder_of
+from jobs.store import Store
 
 ELSEWHERE = replace(Holder.here(), machine="another boot", host="far", user="ann", pid=7)
 
@@ -108,10 +109,27 @@ def test_who_lost_the_lease_is_told_and_leaves_it_alone(path: Path) -> None:
     with held(path) as mine:
         mine.check()
         path.write_text(json.dumps(asdict(ELSEWHERE)))
-        time.sleep(0.3)
         with pytest.raises(UnsupportedError, match="another took over: process 7 of ann on far"):
             mine.check()
     assert json.loads(path.read_text())["host"] == "far"
+
+
+def test_a_holder_that_stood_still_removes_nothing_of_who_took_over(path: Path) -> None:
+    """It stands still between looking for leftovers and removing them: the worst moment."""
+    store = Store(run=path.parent.parent)
+    (path.parent / "attempts" / "left").mkdir(parents=True)
+    with held(path) as mine:
+
+        def stand_still() -> None:
+            path.write_text(json.dumps(asdict(ELSEWHERE)))
+            (path.parent / "attempts" / "theirs").mkdir()
+            mine.check()
+
+        with pytest.raises(UnsupportedError, match="ann on far"):
+            store.sweep(stand_still)
+    assert (path.parent / "attempts" / "theirs").is_dir()
+    store.sweep(lambda: None)
+    assert not list((path.parent / "attempts").iterdir())
 
 
 @pytest.mark.parametrize("dead", [ELSEWHERE, replace(Holder.here(), begun="1")], ids=["elsewhere", "here"])
