@@ -144,7 +144,9 @@ def test_an_encoder_is_learned_too(tmp_path: Path) -> None:
     BertModel(config).save_pretrained(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, tmp_path / "model" / name)
-    write_manifest(tmp_path, {"w2": TARGETS["w2"], "gptq": GPTQ})
+    write_manifest(
+        tmp_path, {"w2": TARGETS["w2"].replace("iterations: 12", "iterations: 40, learning_rate: 0.01"), "gptq": GPTQ}
+    )
     run = a_run(tmp_path, tmp_path / "out")
     assert convert(run, Watch(run.store)).exit_code == 0
     rows = artifacts(run)
