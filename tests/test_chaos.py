@@ -11,7 +11,7 @@ import pytest
 from patience import PATIENCE_SECONDS
 from small_run import ROOT
 
-HERE = ("driver-killed", "file-damaged", "two-at-once")
+HERE = ("driver-killed", "two-at-once")
 
 
 def chaos(*arguments: str, timeout: float) -> None:
