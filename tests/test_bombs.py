@@ -116,7 +116,7 @@ HEADS: Mapping[str, tuple[bytes, str]] = {
         "alignment of 0 bytes",
     ),
     "a tensor far out": (gguf(1, 0, tensor(b"a", (32,), HUGE)), "behind the end of the file"),
-    "a tensor that is too large": (gguf(1, 0, tensor(b"a", (1 << 60, 1 << 60, 1 << 60, 32))), "behind the end"),
+    "a tensor that is too large": (gguf(1, 0, tensor(b"a", (1 << 60, 1 << 60, 1 << 60, 32))), "claims the shape"),
     "a tensor of many dimensions": (gguf(1, 0, text(b"a") + struct.pack("<I", 1 << 31)), "dimensions"),
     "a name of megabytes": (gguf(1, 0, tensor(b"a" * 5_000_000, (32,), HUGE)), "behind the end"),
 }

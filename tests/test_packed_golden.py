@@ -121,7 +121,11 @@ def test_damaged_state_of_bitsandbytes_is_told(tmp_path: Path) -> None:
     tensors = stored("bitsandbytes", "nf4-plain-float16")
     del tensors["expected"]
     name = "weight.quant_state.bitsandbytes__nf4"
-    for text, what in (("{", "does not describe"), ('{"shape": [2, 0], "blocksize": 64}', r"\[2, 0\]")):
+    for text, what in (
+        ("{", "broken JSON"),
+        ("[]", "does not describe"),
+        ('{"shape": [2, 0], "blocksize": 64}', r"\[2, 0\]"),
+    ):
         broken = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         with pytest.raises(SourceError, match=what):
             opened(tmp_path, tensors | {name: broken}, {"quant_method": "bitsandbytes"})

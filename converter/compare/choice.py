@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from converter.schemes import SCHEMES
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
@@ -128,7 +130,10 @@ def front(found: Sequence[Candidate]) -> frozenset[str]:
 
 
 def bits_of(scheme: str) -> int | None:
-    """The bits of a scheme's codes, the first number in its name: Q4_K_M 4, W8A16 8, INT2 2."""
+    """The bits of a scheme's codes; of a type of GGUF file the first number in its name: Q4_K_M 4."""
+    known = next((schemes[scheme].bits for schemes in SCHEMES.values() if scheme in schemes), None)
+    if known is not None:
+        return known
     number = re.search(r"\d+", scheme)
     return int(number.group()) if number else None
 
