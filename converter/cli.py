@@ -7,10 +7,9 @@ starting · 130 interrupted, resumable.
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from enum import StrEnum
@@ -23,16 +22,8 @@ import typer
 from converter import manifest as manifests
 from converter import progress
 from converter.errors import HubmillError, ManifestError, SourceError
-from converter.progress import (
-    bytes_text,
-    count_text,
-    duration_text,
-    print_error,
-    print_json,
-    print_line,
-    print_table,
-    time_text,
-)
+from converter.progress import bytes_text, print_error, print_json, print_line
+from converter.terminal import print_failures, print_plan, print_result, print_status, print_survey
 from jobs.store import Store
 
 app = typer.Typer(
@@ -66,7 +57,6 @@ class Device(StrEnum):
 
 
 NOTHING_TO_DO = "nothing to do: every artifact is there and its sources are unchanged"
-TASK_WORDS = {"running": "running", "done": "done", "failed": "failed", "skipped": "left out"}
 DEVICE = Annotated[Device, typer.Option(help="What blocks run on; auto takes a GPU when there is one.")]
 
 
@@ -142,7 +132,7 @@ def plan(
     if json:
         print_json(show.plan_json(run, ready))
     else:
-        _print_plan(show.plan_json(run, ready))
+        print_plan(show.plan_json(run, ready))
     for reason in ready.reasons:
         print_error(reason)
     raise typer.Exit(3 if ready.reasons else 0)
@@ -173,11 +163,11 @@ def convert(
     with _shown(json, run.store, metrics) as display:
         result = run_module.convert(run, display)
     if not json:
-        _print_result(result.rows)
+        print_result(result.rows)
         if not result.tasks_run:
             print_line(NOTHING_TO_DO)
         print_line(f"results: {run.store.run}/report.html")
-        _print_failures(result)
+        print_failures(result.failures)
     raise typer.Exit(result.exit_code)
 
 
@@ -212,21 +202,7 @@ def status(manifest: MANIFEST, out: OUT = Path("out"), metrics: METRICS = None, 
     if json:
         print_json(found)
         return
-    rows = [
-        [row["subject"], row["state"], f"{100 * row['fraction']:.0f} %", row["title"], row["note"]]
-        for row in found["tasks"]
-    ]
-    print_line(_headline(found))
-    print_table("jobs", ("job", "state", "done", "last task", "note"), rows, numbers=(2,))
-
-
-def _headline(found: Mapping[str, Any]) -> str:
-    """A run's state in a line."""
-    line = f"{found['state']}{f' ({note})' if (note := found['note']) else ''}: {100 * found['fraction']:.0f} %"
-    if (left := found["remaining_seconds"]) is not None:
-        line += f", about {duration_text(left)} left"
-    tasks = ", ".join(f"{found[state]} {word}" for state, word in TASK_WORDS.items() if found[state])
-    return f"{line}; of {found['planned']} tasks {tasks or 'none done'}; begun {time_text(found['started'])}"
+    print_status(found)
 
 
 @app.command()
@@ -241,7 +217,7 @@ def compare(manifest: MANIFEST, out: OUT = Path("out"), json: JSON = False) -> N
     if json:
         print_json(found)
     else:
-        _print_result(found["artifacts"])
+        print_result(found["artifacts"])
 
 
 @app.command()
@@ -255,7 +231,7 @@ def publish(manifest: MANIFEST, out: OUT = Path("out"), only: ONLY = None, json:
     with _shown(json) as display:
         result = run_module.publish(run, display)
     if not json:
-        _print_failures(result)
+        print_failures(result.failures)
     raise typer.Exit(result.exit_code)
 
 
@@ -330,7 +306,7 @@ def _survey(source: str, out: Path, json: bool) -> NoReturn:
     if json:
         print_json(found)
     else:
-        _print_survey(found)
+        print_survey(found)
     for problem in found["problems"]:
         print_error(problem)
     raise typer.Exit(3 if found["problems"] else 0)
@@ -378,99 +354,6 @@ def _shown(plain: bool, store: Store | None = None, metrics: Path | None = None)
         yield display
     finally:
         display.close()
-
-
-def _print_plan(plan: dict[str, Any]) -> None:
-    rows = []
-    for job in plan["jobs"]:
-        size = ", ".join(
-            f"{name} {'' if job['exact'] else '≤ '}{bytes_text(count)}" for name, count in job["files"].items()
-        )
-        types = ", ".join(f"{count} x {type}" for type, count in job["types"].items())
-        rows.append([job["job"], job["state"], types, size, "; ".join(job["notes"])])
-    print_table(f"{len(rows)} jobs", ("job", "state", "tensors", "weight files", "notes"), rows)
-    models = [
-        [model["model"], model["commit"][:12], model["licence"] or "none stated", ". ".join(model["notes"])]
-        for model in plan["models"]
-    ]
-    print_table("models", ("model", "commit", "licence", "notes"), models)
-    for shelf in plan["statistics"]:
-        left = f"; the others will be kept there, {bytes_text(shelf['bytes'])}" if shelf["bytes"] else ""
-        there = f"{shelf['there']} of {shelf['blocks']} blocks"
-        print_line(f"statistics of {shelf['model']}: {there} from {shelf['folder']}{left}")
-    needs, has = plan["needs"], plan["machine"]
-    print_line(
-        f"{plan['tasks_needed']} of {plan['tasks']} tasks to run; disk up to {bytes_text(needs['disk_bytes'])} of "
-        f"{bytes_text(has['disk_bytes'])} free; memory up to {bytes_text(needs['memory_bytes'])} a task of "
-        f"{bytes_text(has['memory_bytes'])}; {has['cpus']} cores"
-    )
-
-
-# What is measured of a model's output: key in comparison.json, head of the column, how its figure is written.
-OUTPUT_COLUMNS = (
-    ("perplexity", "perplexity", "{:.3f}"),
-    ("kl_mean", "KL divergence", "{:.5f}"),
-    ("top1_agreement", "same top token", "{:.1%}"),
-    ("embedding_cosine", "embedding cosine", "{:.5f}"),
-    ("neighbour_agreement", "same neighbour", "{:.1%}"),
-)
-
-
-def _print_survey(found: dict[str, Any]) -> None:
-    if "tensors" in found:
-        types = ", ".join(f"{count} x {type}" for type, count in found["types"].items())
-        family = found["family"] or "no known family"
-        experts = f" of {found['experts']} experts" if found.get("experts") else ""
-        blocks = f", {found['blocks']} blocks{experts}" if found["blocks"] else ""
-        print_line(
-            f"{found['repo']}: {family}{blocks}, {count_text(found['parameters'])} parameters, "
-            f"{bytes_text(found['bytes'])} ({types})"
-        )
-    if tokenizer := found.get("tokenizer"):
-        pre = f", pre-tokenizer {tokenizer['pre']}" if tokenizer["pre"] else ""
-        print_line(f"tokenizer as GGUF has it: {tokenizer['model']}{pre}, {tokenizer['tokens']} tokens")
-    rows: list[list[str]] = []
-    told: dict[str, str] = {}  # reasons, by the first format that has them
-    for name, entry in found["formats"].items():
-        sizes = ", ".join(f"{type} {bytes_text(size)}" for type, size in entry["bytes"].items())
-        first = told.setdefault(entry["why"], name)
-        why = entry["why"] if first == name else f"as {first}"
-        rows.append([name, "yes" if entry["possible"] else "no", sizes if entry["possible"] else why])
-    if rows:
-        print_table("what can be made of it", ("format", "possible", "sizes, or why not"), rows)
-    if found.get("dropped"):
-        dropped = [[one["tensors"], str(one["count"]), one["reason"]] for one in found["dropped"]]
-        print_table("what GGUF would leave out", ("tensors", "count", "why"), dropped, numbers=(1,))
-    for note in found.get("notes", ()):
-        print_line(f"note: {note}")
-
-
-def _print_result(rows: Sequence[dict[str, Any]]) -> None:
-    cells, left_out = [], []
-    measured = [column for column in OUTPUT_COLUMNS if any(column[0] in (row.get("output") or {}) for row in rows)]
-    for row in rows:
-        name, output = f"{row['model']}/{row['target']}", row.get("output") or {}
-        figures = []
-        if row["status"] == "done":
-            figures = [
-                f"{row['bits_per_weight']:.2f}",
-                f"{row['compression_ratio']:.2f} x",
-                bytes_text(row["size_bytes"]),
-            ]
-            figures += [text.format(output[key]) if key in output else "" for key, _, text in measured]
-        cells.append([name, row["status"], *figures, *[""] * (3 + len(measured) - len(figures))])
-        if row["status"] == "skipped":
-            left_out.append([name, row["error"]])
-    columns = ("artifact", "status", "bits/weight", "ratio", "size", *(head for _, head, _ in measured))
-    print_table("comparison", columns, cells, numbers=range(2, len(columns)))
-    if left_out:
-        print_table("what was left out", ("artifact", "why"), left_out)
-
-
-def _print_failures(result: Any) -> None:
-    if result.failures:
-        print_table("what failed", ("task", "why"), [list(failure) for failure in result.failures])
-        print_line(f"the rest is done. To try again: {shlex.join(['hubmill', *sys.argv[1:]])}")
 
 
 if __name__ == "__main__":
