@@ -39,9 +39,8 @@ def list_folder(root: Path, where: str) -> dict[str, int]:
                 continue
             path = Path(directory) / name
             relative = path.relative_to(root).as_posix()
-            target = Path(
-                os.path.realpath(path)
-            )  # Path.resolve raises RuntimeError for a link round about (Python 3.11)
+            # Path.resolve raises RuntimeError for a link round about (Python 3.11)
+            target = Path(os.path.realpath(path))
             if not any(target.is_relative_to(place) for place in allowed):
                 what = f"'{relative}' is a link to a place outside the model's folder"
                 raise SourceError(where, what, "Replace the link by the file itself")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from block_rows import TinyRows
 from converter.architecture import Tap
 from converter.grids import Coded, Grid
 from converter.grids.affine import AffineGrid
@@ -23,7 +24,6 @@ from converter.methods.autoround import Learned, autoround
 from converter.methods.gptq import gptq
 from converter.methods.rtn import round_to_nearest
 from converter.stats import observe
-from tests.block_rows import TinyRows
 
 WIDTH, MIDDLE = 64, 96
 TAPS = (Tap(name="mlp_input", linears=("up",)), Tap(name="mlp_middle", linears=("down",)))

@@ -27,7 +27,7 @@ MOST_ROWS = 1 << 20  # a model of a trillion weights has 16,000 of 64 MB
 MOST_ITEMS = 16  # of a list in a row, such as a shape
 FACTS_BYTES = 64 << 20  # of everything but weights
 DAMAGED = "It is cut short or damaged: write or fetch it again"
-TRUE, FALSE, I8, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
+TRUE = 1  # a kind of value; the others are named where they are read
 DATA_PAGE, INDEX_PAGE, DICTIONARY_PAGE, DATA_PAGE_2 = range(4)
 
 
@@ -76,27 +76,27 @@ class _Thrift:
         if depth > MOST_DEPTH or self.left < 0:
             raise _BrokenError("more is nested, or listed, than a table has")
         match kind:
-            case 1 | 2:
+            case 1 | 2:  # true, false
                 return self.take(1) == b"\1" if inside else kind == TRUE
-            case 3:
+            case 3:  # i8
                 return self.take(1)[0]
-            case 4 | 5 | 6:
+            case 4 | 5 | 6:  # i16, i32, i64
                 return self.integer()
-            case 7:
+            case 7:  # double
                 return struct.unpack("<d", self.take(8))[0]
-            case 8:
+            case 8:  # binary
                 return self.take(self.varint())
-            case 9 | 10:
+            case 9 | 10:  # list, set
                 head = self.take(1)[0]
                 size = self.varint() if head >> 4 == 15 else head >> 4
                 return [self.value(head & 15, depth + 1, True) for _ in range(size)]
-            case 11:
+            case 11:  # map
                 size = self.varint()
                 kinds = self.take(1)[0] if size else 0
                 pairs = [(self.value(kinds >> 4, depth + 1, True), self.value(kinds & 15, depth + 1, True))
                          for _ in range(size)]  # fmt: skip
                 return pairs
-            case 12:
+            case 12:  # struct
                 return self.struct(depth + 1)
         raise _BrokenError(f"a value is of the unknown kind {kind}")
 

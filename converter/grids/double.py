@@ -37,7 +37,7 @@ def coded(
 ) -> dict[str, Tensor]:
     """`scale` u8 [O, G], `offset` i8 [O, G] where side has one, and their `units` [O, 1 or 2] of dtype.
 
-    side: `scale` [O, G] f32, not negative, and perhaps `offset` [O, G] f32. Weights weighted_OI are of levels * scale +
+    side: `scale` [O, G] f32, not negative, and perhaps `offset` [O, G] f32. weight_OI f32 is to become levels * scale +
     offset; each row takes the units, and each group the codes, with the least weighted squared error.
     """
     parts, threads = tuple(side), torch.get_num_threads()

@@ -1,6 +1,6 @@
 """The frames of the types whose codes name points of a lattice, IQ1, IQ2 and IQ3, and their blocks with other codes.
 
-As in frames.py scales are asked of the decoder: blocks whose codes all name a point that begins with a power of two
+As for other types, scales are asked of the decoder: blocks whose codes all name a point that begins with a power of two
 decode to the scale times that, exactly. What lies where is known to the packing of each family.
 
 # O out, B blocks in the file, K codes of eight weights in a block, G groups of a row.
