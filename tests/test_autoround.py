@@ -31,9 +31,9 @@ INT2 = AffineGrid(bits=2, granularity="group", group_size=32)
 FEW = Options(iterations=30, batch_size=4, seed="some commit")
 
 
-def hidden(sequences: int = 12, seed: int = 1) -> Tensor:
+def hidden(sequences: int = 12) -> Tensor:
     """Correlated rows [N, T, I] whose columns differ in power by a factor of a thousand, as activations do."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(1)
     mix = torch.randn(WIDTH, WIDTH, generator=random) * 0.4 + torch.eye(WIDTH)
     return torch.randn(sequences, 24, WIDTH, generator=random) @ mix * torch.logspace(-1, 0.5, WIDTH)
 
@@ -138,7 +138,8 @@ def test_the_result_never_errs_more_than_the_start(rate: float) -> None:
 
 
 def test_what_is_learned_holds_on_rows_that_were_not_seen() -> None:
-    given, others = block(hidden(32)), block(hidden(32, seed=1)[:16] + hidden(32, seed=1)[16:])
+    rows = hidden(48)  # of one distribution: another seed would mix columns otherwise
+    given, others = block(rows[:32]), block(rows[32:])
     learned, start = autoround(given, grids(given, INT2), FEW), nearest(given, INT2)
     assert error(others, learned) < error(others, start)
 

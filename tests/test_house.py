@@ -131,9 +131,17 @@ def test_packages_that_are_installed_are_those_that_there_are() -> None:
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
+    for link, place in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text("utf-8")):
         if "://" not in link:
-            assert (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name} links to {link}, which is not there"
+            assert not place or place in headings(target), f"{page.name} links to {link}#{place}, which is no heading"
+
+
+def headings(page: Path) -> set[str]:
+    """The headings of a page as links name them; lines of examples that begin alike are taken for some."""
+    found = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
 
 
 def test_readme_tree_names_what_is_there_and_nothing_else() -> None:

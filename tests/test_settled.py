@@ -117,5 +117,5 @@ def test_a_second_run_says_that_there_is_nothing_to_do_and_imports_nothing_that_
     assert again.stderr.partition("slow:")[2] == "", "no torch, transformers, ray or numba"
     (tmp_path / "model" / "more.json").write_text("{}")
     newer = convert("--json")
-    assert '"calibrate-' not in newer.stdout or '"state": "done"' in newer.stdout
+    assert NOTHING_TO_DO not in newer.stdout and '"task": "quantize-' in newer.stdout
     assert "torch" in newer.stderr.partition("slow:")[2]
