@@ -78,11 +78,11 @@ def write_model(folder: Path, megabytes: int) -> None:
 def measure(place: Path, megabytes: int, rounds: int) -> None:
     from huggingface_hub import HfApi, hf_hub_download
 
+    from converter.folder import file_sha256
     from converter.hub import fetch, resolve
     from converter.hub_publish import HuggingFaceHub
     from converter.publish import Destination
     from hub_server import WRITER
-    from jobs.store import file_sha256
     from jobs.verify import hash_file
 
     snapshot = resolve("hub:owner/model", place / "plan", "benchmark")

@@ -77,6 +77,12 @@ def digest_folder(root: Path, files: Mapping[str, int]) -> str:
     return whole.hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_path(path: str, where: str) -> None:
     """Raise SourceError for a file name that would leave its folder or mean another place on another system."""
     parts = PurePosixPath(path).parts

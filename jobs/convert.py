@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from converter.errors import HubmillError, ManifestError, UnsupportedError
+from converter.folder import file_sha256
 from converter.hub_calls import Tell, hush
 from converter.lock import lock_text, portable, read_lock
 from converter.manifest import Job, Manifest
@@ -31,7 +32,7 @@ from jobs.lease import held
 from jobs.prepare import Prepared, Room, keep_problems, prepare, room, shortages, unreachable, unwritable
 from jobs.results import write_results
 from jobs.steps import open_hub
-from jobs.store import DamagedError, Store, file_sha256, write_text
+from jobs.store import DamagedError, Store, write_text
 from jobs.task import Graph, Task
 from jobs.work import Work
 

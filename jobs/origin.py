@@ -14,11 +14,12 @@ from importlib import metadata
 from pathlib import PurePosixPath
 from platform import python_version
 
+from converter.folder import file_sha256
 from converter.lock import effective_fields
 from converter.manifest import Calibration, Evaluation
 from converter.provenance import Conversion, Dependency, portable_source, source_dependencies
 from converter.source import Snapshot, travels
-from jobs.store import Store, file_sha256
+from jobs.store import Store
 from jobs.task import Task
 from jobs.work import Work
 

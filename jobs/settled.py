@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import HubmillError
-from converter.folder import digest_folder, list_folder
+from converter.folder import digest_folder, file_sha256, list_folder
 from converter.manifest import Manifest
-from jobs.store import Store, file_sha256, write_json
+from jobs.store import Store, write_json
 
 CommitOf = Callable[[str], str]  # of "folder:path", "hub:owner/name@revision" or "hub:owner/dataset@revision#column"
 CODE = (".py", ".yaml", ".txt", ".html")

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import SourceError
+from converter.folder import file_sha256
 
 Report = Callable[[float], None]
 
@@ -265,12 +266,6 @@ def list_files(folder: Path) -> list[dict[str, Any]]:
         {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in files
     ]
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def try_folder(probe: Path) -> str:

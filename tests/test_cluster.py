@@ -15,9 +15,9 @@ import pytest
 
 from chaos.nodes import SETTINGS, Cluster, cluster
 from converter import manifest as manifests
+from converter.folder import file_sha256
 from converter.progress import Event
 from jobs.convert import Run, convert
-from jobs.store import file_sha256
 from patience import PATIENCE_SECONDS
 from small_run import ROOT, TARGETS, write_manifest, write_model
 

@@ -17,9 +17,10 @@ from typing import Protocol
 from converter import cli
 from converter import manifest as manifests
 from converter.compare.tables import read_table
+from converter.folder import file_sha256
 from converter.lock import read_lock
 from jobs.convert import Run, plan
-from jobs.store import Store, file_sha256
+from jobs.store import Store
 from patience import PATIENCE_SECONDS
 from small_run import ROOT, write_manifest, write_model
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from converter.architecture import Architecture
 from converter.containers import TensorPlan
 from converter.containers.gguf.header import Field, string, u32
-from converter.containers.gguf.imatrix import Imatrix, open_imatrix, sha256_of
+from converter.containers.gguf.imatrix import Imatrix, open_imatrix
 from converter.containers.gguf.mixture import MIXTURES
 from converter.errors import SourceError, UnsupportedError
+from converter.folder import file_sha256
 from converter.manifest import Target
 from converter.methods import Block
 from converter.methods.rtn import importance_of as importance_from_statistics
@@ -44,7 +45,7 @@ class Weighing:
 def weighing_of(target: Target) -> Weighing | None:
     """The target's imatrix file, opened; None when it has none. Raises SourceError when it is damaged."""
     path = target.imatrix_file
-    return Weighing(imatrix=open_imatrix(path), sha256=sha256_of(path)) if path else None
+    return Weighing(imatrix=open_imatrix(path), sha256=file_sha256(path)) if path else None
 
 
 def check_unchanged(weighing: Weighing, sha256: str) -> None:

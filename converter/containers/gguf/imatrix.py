@@ -13,7 +13,6 @@ Source: llama.cpp, tools/imatrix and its loader (the GGUF form, the older form, 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import struct
@@ -123,12 +122,6 @@ def mended(means_MI: Tensor) -> tuple[Tensor, str]:
     if int(broken.sum()):
         said.append(f"{int(broken.sum())} of {broken.numel()} values are negative or no numbers")
     return mended_MI, f"in the imatrix {' and '.join(said)}; they were mended" if said else ""
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of the file, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_imatrix(path: Path) -> Imatrix:
