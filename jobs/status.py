@@ -95,7 +95,7 @@ def status(store: Store) -> dict[str, Any]:
     at_once = max(1.0, worked / max(1e-3, now - seen.began))
     return {
         "state": "running" if holder else seen.end["state"] if seen.end else "cut",
-        "note": str(holder or "") if holder else seen.end.get("note", "") if seen.end else "",
+        "note": str(holder) if holder else seen.end.get("note", "") if seen.end else "",
         "started": seen.began,
         "ended": seen.end["time"] if seen.end and not holder else None,
         "last_success": succeeded or None,

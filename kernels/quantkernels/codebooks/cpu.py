@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkernels.codebooks.reference import PLACES, ROUNDS, SHARES, Doubles, Floats
+from quantkernels.codebooks.reference import PLACES, ROUNDS, SHARES, SINGULAR, Doubles, Floats
 from quantkernels.compiling import compiled, kernel
 
 STARTS = SHARES * PLACES
-SINGULAR = 1e-12  # of the larger product: a determinant below this leaves scale or offset undetermined
 
 
 @compiled

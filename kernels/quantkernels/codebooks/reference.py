@@ -15,6 +15,7 @@ Doubles = NDArray[np.float64]
 SHARES = 12  # scales to begin with: the range over one less than the levels, times 1, 11/12 .. 1/12
 PLACES = 3  # middles to begin with, a quarter, a half and three quarters of the way along what the range leaves free
 ROUNDS = 4
+SINGULAR = 1e-12  # of the larger product: a determinant below this leaves scale or offset undetermined
 
 
 def groups(weight_OI: Floats, share_I: Floats, group_size: int) -> Iterator[tuple[int, int, Doubles, Doubles]]:
@@ -103,7 +104,7 @@ def offsets(
                 step_N = np.clip(np.rint((weight_N - offset) / scale + half), 0, count - 1) - half
                 c, cc, xc = (share_N * step_N).sum(), (share_N * step_N**2).sum(), (share_N * weight_N * step_N).sum()
                 determinant = total * cc - c * c
-                if not determinant > 1e-12 * total * cc:
+                if not determinant > SINGULAR * total * cc:
                     break
                 scale = (total * xc - first * c) / determinant
                 offset = (first - scale * c) / total
