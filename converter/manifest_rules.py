@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 MAX_NAME = 96
 # A model called so would sit in the output folder under the name of a file that the run writes there.
-RESERVED = ("comparison.json", "comparison.parquet", "tensors.parquet", "report.html", "manifest.lock.yaml", ".work")
+RESERVED = (
+    *("comparison.json", "comparison.parquet", "comparison.svg", "tensors.parquet"),
+    *("report.html", "manifest.lock.yaml", ".work"),
+)
 REPO = re.compile(rf"{NAME.pattern}(/{NAME.pattern})?", re.ASCII)
 REPO_FIELDS = ("name", "model", "target")
 BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*", re.ASCII)
