@@ -5,8 +5,8 @@
 plan: seconds from a manifest of 1,000 jobs (20 models of the quickstart's size, 50 targets) to the list of tasks and
 refusals. jobs: 50 jobs of one such model in this process; what the run took beside the seconds that its tasks were
 given. resume: such a run killed in the middle and gone on with; what both parts took beyond an undisturbed one, a
-second start and plan among it. scale: 12 jobs on one worker and on two, each bound to a core of its own; meaningless
-unless two cores are idle, so the load is printed beside it.
+second start and plan among it. scale: as many jobs of each of two models on one worker and on two, each bound to a core of its
+own; meaningless unless two cores are idle, so the load is printed beside it.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def processor_seconds(process: subprocess.Popen[bytes]) -> float:
 
 def scale(folder: Path, count: int) -> dict[str, float]:
     """One worker on one core against two on two."""
-    path = manifest(folder, 12)
+    path = manifest(folder, count, models=2)
     found: dict[str, float] = {"load": os.getloadavg()[0]}
     for workers, cores in ((1, "0"), (2, "0,1")):
         seconds(convert(path, f"out{workers}", cores=cores))
