@@ -5,8 +5,8 @@
 plan: seconds from a manifest of 1,000 jobs (20 models of the quickstart's size, 50 targets) to the list of tasks and
 refusals. jobs: 50 jobs of one such model in this process; what the run took beside the seconds that its tasks were
 given. resume: such a run killed in the middle and gone on with; what both parts took beyond an undisturbed one, a
-second start and plan among it. scale: as many jobs of each of two models on one worker and on two, each bound to a core of its
-own; meaningless unless two cores are idle, so the load is printed beside it.
+second start and plan among it. scale: as many jobs of each of two models on one worker and on two, each bound to a core
+of its own; meaningless unless two cores are idle, so the load is printed beside it.
 """
 
 from __future__ import annotations
