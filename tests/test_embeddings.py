@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, CompressedTensorsConfig
 
 import gguf_models as tiny
 from converter import manifest as manifests
@@ -33,6 +33,7 @@ TARGETS = {
     "q4-k-m": "{format: gguf, type: Q4_K_M, imatrix: true, method: gptq}",
     "w8a16": "{format: compressed-tensors, scheme: W8A16}",
     "w4a16": "{format: compressed-tensors, scheme: W4A16, method: gptq, group_size: 32}",
+    "w8a8": "{format: compressed-tensors, scheme: W8A8}",
     "int8": "{format: parquet, scheme: INT8}",
 }
 KEYS = {"embedding_cosine", "embedding_cosine_min", "neighbour_agreement", "hidden_relative_mse"}
@@ -149,7 +150,7 @@ def test_the_measured_cosine_is_that_of_the_files_in_transformers(small: Path) -
     assert rows[:, -1].unique().tolist() == [AutoTokenizer.from_pretrained(small / "model").sep_token_id]
     with torch.no_grad():
         original = AutoModel.from_pretrained(small / "model")(rows).last_hidden_state
-        for target in ("w8a16", "w4a16"):
+        for target in ("w8a16", "w4a16", "w8a8"):
             copy = AutoModel.from_pretrained(small / "out" / "small" / "model" / target)(rows).last_hidden_state
             figures = embedding_figures(pool(original, ("mean",)), pool(copy, ("mean",)))
             measured = rows_of(small)[target]["output"]
@@ -207,7 +208,9 @@ def test_minilm_converted_is_itself_in_every_reader(tmp_path: Path) -> None:
             with Llama(next((out / target).glob("*.gguf")), pooling="UNSPECIFIED") as reader:
                 found = torch.tensor(reader.embeddings(ids)[0])
         elif row["format"] == "compressed-tensors":
-            found = torch.tensor(SentenceTransformer(str(out / target)).encode(text))
+            decoded = {"model_kwargs": {"quantization_config": CompressedTensorsConfig(dequantize=True)}}
+            reader_settings = decoded if target == "w8a8" else {}
+            found = torch.tensor(SentenceTransformer(str(out / target), **reader_settings).encode(text))
         else:
             continue
         lost = 1 - float(torch.cosine_similarity(found.double(), original, dim=0))

@@ -22,6 +22,7 @@ from converter.manifest import Calibration, Evaluation, Target
 from converter.manifest_rules import WITHOUT_STATISTICS
 from converter.marks import Items, Node, Text
 from converter.provenance import FILE
+from converter.schemes import SCHEMES
 from converter.source import Snapshot
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
@@ -296,26 +297,40 @@ def _load_gguf(row: Mapping[str, Any], target: Target, place: str, branch: str) 
 
 
 def _load_transformers(row: Mapping[str, Any], target: Target, place: str, branch: str) -> Sequence[Snippet]:
-    asymmetric = target.symmetric is False and target.format == "compressed-tensors"
     embeds = "embedding_cosine" in row["output"]
     loader = "AutoModel" if embeds else "AutoModelForCausalLM"
-    lines = [f"from transformers import {loader}, AutoTokenizer"]
-    if asymmetric:
-        lines.append("from transformers.utils.quantization_config import CompressedTensorsConfig")
-    config = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if asymmetric else ""
     revision = f", revision={json.dumps(branch)}" if branch else ""
-    lines += [
+    lines = [
+        f"from transformers import {loader}, AutoTokenizer",
         "",
         f"place = {json.dumps(place)}",
         f"tokenizer = AutoTokenizer.from_pretrained(place{revision})",
-        f"model = {loader}.from_pretrained(place{revision}{config})",
+        f"model = {loader}.from_pretrained(place{revision})",
         'prompt = tokenizer("Once upon a time", return_tensors="pt")',
         "print(model(**prompt).last_hidden_state.shape)"
         if embeds
         else "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))",
     ]
     said = f"With transformers, after `pip install transformers {EXTRAS[target.format]}`:"
-    return [Snippet(said=said, language="python", lines=lines)]
+    found = [Snippet(said=said, language="python", lines=lines)]
+    if target.format == "compressed-tensors" and _weights(row, "modules.json"):
+        found.append(_load_sentence_transformers(target, place, revision))
+    return found
+
+
+def _load_sentence_transformers(target: Target, place: str, revision: str) -> Snippet:
+    """It calls a model's `forward`, before which weights have to be decoded: config.json asks for it where it can."""
+    said = "With sentence-transformers, after `pip install sentence-transformers compressed-tensors`"
+    lines, settings = ["from sentence_transformers import SentenceTransformer", ""], ""
+    if target.scheme and SCHEMES[target.format][target.scheme].activations:
+        said += " (weights only: inputs are not rounded)"
+        lines.insert(1, "from transformers import CompressedTensorsConfig")
+        settings = ', model_kwargs={"quantization_config": CompressedTensorsConfig(dequantize=True)}'
+    lines += [
+        f"model = SentenceTransformer({json.dumps(place)}{revision}{settings})",
+        'print(model.encode("Once upon a time").shape)',
+    ]
+    return Snippet(said=f"{said}:", language="python", lines=lines)
 
 
 def _load_parquet(row: Mapping[str, Any], target: Target, place: str, branch: str) -> Sequence[Snippet]:

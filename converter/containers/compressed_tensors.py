@@ -16,8 +16,11 @@ transformers and vLLM read it. What a weight becomes (O out, I in, G groups):
 `kv_cache_scheme` tells how keys and values are kept, by scales beside the linears that make them (see kept.py).
 
 A module of a fused projection must have the scheme of its siblings, rows must fill whole words, and asymmetric codes
-load in transformers only where every quantized linear has one and the same scheme, and then with
-`CompressedTensorsConfig(dequantize=True)`.
+load in transformers only where every quantized linear has one and the same scheme.
+
+`dequantize` asks transformers to decode the weights when it loads them, which it otherwise does when the model is first
+called: it then fails on asymmetric codes, and sentence-transformers never calls an encoder, but its `forward`. It turns
+the rounding of inputs off, too, so that an encoder whose inputs are quantized goes without.
 
 The alternative, handing tensors to the compressed-tensors library, would need a whole module in memory and ties every
 artifact to its version; the price is that layout and config are ours to keep right, which the consumer tests do.
@@ -190,6 +193,7 @@ class CompressedTensors(SafetensorsModel):
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": kept.settings(target),
+            **({"dequantize": True} if _decoded_on_load(plan.tensors, architecture) else {}),
             "ignore": sorted({as_readers_name(name, architecture) for name in unquantized}),
             "config_groups": config_groups,
         }
@@ -230,6 +234,14 @@ def as_readers_name(module: str, architecture: Architecture | None) -> str:
         return module
     part, _, rest = module.removeprefix("model.").partition(".")
     return rf"re:(.*\.)?{part}\..*" if rest else module
+
+
+def _decoded_on_load(tensors: Sequence[TensorPlan], architecture: Architecture | None) -> bool:
+    quantized = [tensor for tensor in tensors if tensor.quantized]
+    if any(isinstance(tensor.grid, AffineGrid) and not tensor.grid.symmetric for tensor in quantized):
+        return True
+    encodes = architecture is not None and architecture.runs == "encoder"
+    return encodes and not any(tensor.activations for tensor in quantized)
 
 
 def _is_static(tensor: TensorPlan) -> bool:
