@@ -15,8 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from converter import dataset, hub, signing
 from converter.adapt import adapt, untied
 from converter.architecture import COMPUTED, check_blocks, code_notes, find
@@ -42,6 +40,7 @@ from jobs.store import Store
 from jobs.task import Task
 from jobs.texts import text_rows
 from jobs.work import Model, PlannedJob, Signed, Texts
+from quantkernels import processor
 
 CONNECT_SECONDS = 5.0
 MEMORY_SHARE = 0.9
@@ -277,8 +276,7 @@ def _with_precision(calibration: Calibration, model: Model, device: str) -> Cali
     """The same with `auto` decided here, for all nodes: bf16 for weights in bf16, where that is what is fast."""
     if calibration.precision != "auto":
         return calibration
-    fast, able = device == "cuda", torch.cpu.get_capabilities()
-    fast = fast or any(able.get(name) for name in ("amx_bf16", "avx512_bf16"))
+    fast = device == "cuda" or processor.has("amx_bf16") or processor.has("avx512_bf16")
     stored = {one.dtype for one in model.snapshot.tensors.values()}
     return calibration.model_copy(update={"precision": "bf16" if fast and "BF16" in stored else "f32"})
 

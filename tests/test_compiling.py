@@ -16,7 +16,7 @@ import torch
 from numba.core.dispatcher import Dispatcher
 
 from patience import PATIENCE_SECONDS
-from quantkernels import columns, ggml, hadamard, scales
+from quantkernels import columns, ggml, gram, hadamard, scales, sums
 from quantkernels.compiling import compiled, digest
 from quantkernels.compiling import kernel as made_kernel
 from quantkernels.ggml import TYPES
@@ -161,6 +161,9 @@ def test_every_kernel_is_called_with_one_signature() -> None:
         for given in (torch.randn(rows, width), torch.randn(width, rows).T):
             hadamard.spread(given, threads=2)
             hadamard.spread(given, inverse=True)
+            sums.of_columns(given)
+            if gram.available():
+                gram.add(torch.zeros(given.shape[1], given.shape[1]), given)
     found = kernels()
     assert found
     assert {name: len(function.signatures) for name, function in found.items()} == dict.fromkeys(found, 1)
