@@ -44,8 +44,9 @@ class _EnoughError(Exception):
 class Decoder:
     """A decoder, or an encoder, whose blocks run one by one; results do not depend on the number of workers.
 
-    blocks is their number; encodes tells an encoder. input_names and output_names are the checkpoint names of the
-    tensors outside the blocks that `embed` and `logits` (`final` of an encoder) read; a tied head reads the embedding.
+    blocks is their number; encodes tells an encoder; products is what linears multiply in. input_names and output_names
+    are the checkpoint names of the tensors outside the blocks that `embed` and `logits` (`final` of an encoder) read; a
+    tied head reads the embedding.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Decoder:
         """
         self.where = where
         self.dtype = dtype
-        self._products = products
+        self.products = products
         self.device = torch.device(device)
         self.workers = Workers(workers)
         self._architecture = architecture
@@ -278,12 +279,12 @@ class Decoder:
             return first
 
         lowered = self._lowered(layer)
-        types = {f"{name}.{part}": self._products for name in lowered for part in ("weight", "bias")}
+        types = {f"{name}.{part}": self.products for name in lowered for part in ("weight", "bias")}
         hooks = Hooks(layer=self._layers[b], architecture=architecture, thread=self._thread, where=where)
         with (
             self._loaded(layer, tensors, types),
             hooks.inputs(observed, activations or {}),
-            hooks.products(lowered.values(), self._products, self.dtype),
+            hooks.products(lowered.values(), self.products, self.dtype),
             hooks.cache(rounding, watch_cache),
         ):
             yield forward
@@ -369,7 +370,7 @@ class Decoder:
 
     def _lowered(self, layer: nn.Module) -> dict[str, nn.Linear]:
         """The block's linears that multiply in another type, by name."""
-        if self._products == self.dtype:
+        if self.products == self.dtype:
             return {}
         return {name: module for name, module in layer.named_modules() if type(module) is nn.Linear}
 

@@ -19,10 +19,15 @@ from torch import Tensor
 
 from converter import histogram
 from converter.errors import NumericsError
+from quantkernels import gram as grams
+from quantkernels import sums
 
 # Columns per accumulation step. It fixes the shapes of the matrix products, hence the bits of the result, so it must
 # not follow the number of workers. Only the part right of each stripe's left edge is computed: half the work.
 STRIPE_COLUMNS = 512
+# Columns of a product in f32 within a step on a CPU: narrower ones take less of what lies below the diagonal. A sixth
+# faster than whole stripes at 1024 columns, 6 % at 2816; a GPU would rather have few products.
+PRODUCT_COLUMNS = 128
 # What takes far more room than all the rest, and is left in its file by who does not need it.
 LARGE = ("gram", "drift", "histogram")
 Counted = Literal["tap", "column"]  # what a histogram is of
@@ -33,10 +38,12 @@ class TapStats:
     """Sums over the N = `rows` rows x of one tap.
 
     sum_squares, abs_sum [I] f64; abs_max, minimum, maximum [I] f32; gram [I, I] f32 is the sum of x x^T, None when it
-    was not asked for. diag(gram) equals sum_squares to f32 rounding. drift [I, I] f32 is the sum of (o - x) x^T, the
-    original having the row o for x; None when it was not asked for. The sum of o x^T is gram + drift, but rows that are
-    alike make a drift of zeros, where two large sums would leave their rounding. histogram i64 [1, B], or [I, B] where
-    each column is counted apart: how many values each bin of converter.histogram holds; None when it was not asked for.
+    was not asked for. diag(gram) equals sum_squares to f32 rounding; where linears multiply in bf16 on a CPU that sums
+    such products in f32, gram is of what they read, x rounded to bf16, and its diagonal within 2^-7 of sum_squares.
+    drift [I, I] f32 is the sum of (o - x) x^T, the original having the row o for x; None when it was not asked for. The
+    sum of o x^T is gram + drift, but rows that are alike make a drift of zeros, where two large sums would leave their
+    rounding. histogram i64 [1, B], or [I, B] where each column is counted apart: how many values each bin of
+    converter.histogram holds; None when it was not asked for.
     Raises NumericsError when any of it is not finite.
     """
 
@@ -201,9 +208,21 @@ def unpack(tensors: Mapping[str, Tensor], large: Collection[str] = LARGE) -> dic
 def observe(hidden: Tensor, gram: bool, counted: Counted | None = None) -> TapStats:
     """The statistics of the rows of hidden [N, I]; with `gram` also the sum of x x^T, counted: a histogram of what."""
     collector = Collector(columns=hidden.shape[-1], gram=gram, device=hidden.device, counted=counted)
-    for step in collector.steps(hidden):
-        step()
+    collector.add(hidden)
     return collector.stats()
+
+
+class RowSums:
+    """Rows on their way into a Collector, and the sums over each of their columns."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        """Sum the rows hidden [N, I]."""
+        self.rows = hidden.float().contiguous()
+        self.sum_squares, self.abs_sum, self.minimum, self.maximum = sums.of_columns(self.rows)
+
+    def are_finite(self) -> bool:
+        """Whether all values of the rows are: no f32 is so large that its square is not, in f64."""
+        return bool(torch.isfinite(self.sum_squares).all())
 
 
 class Collector:
@@ -216,7 +235,9 @@ class Collector:
         device: torch.device | str = "cpu",
         drift: bool = False,
         counted: Counted | None = None,
+        products: torch.dtype = torch.float32,
     ) -> None:
+        """products: the type in which linears multiply the rows; bf16 counts on CPUs that sum such products in f32."""
         self.rows = 0
         self.sum_squares = torch.zeros(columns, dtype=torch.float64, device=device)
         self.abs_sum = torch.zeros(columns, dtype=torch.float64, device=device)
@@ -224,24 +245,38 @@ class Collector:
         self.maximum = torch.full((columns,), -torch.inf, device=device)
         self.gram = torch.zeros(columns, columns, device=device) if gram else None
         self.drift = torch.zeros(columns, columns, device=device) if drift else None
+        on_cpu = torch.device(device).type == "cpu"
+        self._rounds = gram and on_cpu and products == torch.bfloat16 and grams.available()
+        self._product_columns = PRODUCT_COLUMNS if on_cpu else STRIPE_COLUMNS
         # A row for each column, or for each stripe, so that no two steps add to the same counts.
         counted_rows = columns if counted == "column" else -(-columns // STRIPE_COLUMNS) if counted else 0
         self.counts = torch.zeros(counted_rows, histogram.BINS, dtype=torch.int64, device=device)
         self._counted = counted
 
-    def steps(self, hidden: Tensor, original: Tensor | None = None) -> list[Callable[[], None]]:
-        """The additions of hidden [N, I] as calls that touch disjoint columns: run all, in any order or at once.
+    def add(self, hidden: Tensor, original: Tensor | None = None) -> None:
+        """Add the rows hidden [N, I] in this thread; original as for `steps`."""
+        for step in self.steps(RowSums(hidden), original):
+            step()
 
-        original [N, I]: the original's rows in the same places, where there is a drift. Calls for the next hidden must
+    def steps(self, given: RowSums, original: Tensor | None = None) -> list[Callable[[], None]]:
+        """Add the sums of rows [N, I]; the rest are calls for disjoint columns: run all, in any order or at once.
+
+        original [N, I]: the original's rows in the same places, where there is a drift. Calls for the next rows must
         wait until these are done; then the result is the same on any number of threads.
         """
-        self.rows += len(hidden)
-        rows = hidden.float()
+        rows = given.rows
+        self.rows += len(rows)
+        self.sum_squares += given.sum_squares
+        self.abs_sum += given.abs_sum
+        self.minimum = torch.minimum(self.minimum, given.minimum)
+        self.maximum = torch.maximum(self.maximum, given.maximum)
         away = None
         if self.drift is not None:
-            assert original is not None and original.shape == hidden.shape, "a drift needs the original's rows"
+            assert original is not None and original.shape == rows.shape, "a drift needs the original's rows"
             away = original.float() - rows
-        starts = range(0, hidden.shape[-1], STRIPE_COLUMNS)
+        if self.gram is None and self.drift is None and self._counted is None:
+            return []
+        starts = range(0, rows.shape[-1], STRIPE_COLUMNS)
         return [lambda start=start: self._add_stripe(rows, away, start) for start in starts]  # type: ignore[misc]
 
     def stats(self) -> TapStats:
@@ -266,23 +301,24 @@ class Collector:
             return None
         return self.counts if self._counted == "column" else histogram_of_tap(self.counts)
 
-    def _add_stripe(self, hidden: Tensor, away: Tensor | None, start: int) -> None:
-        stop = min(start + STRIPE_COLUMNS, hidden.shape[-1])
-        stripe = hidden[:, start:stop]
-        wide = stripe.double()
-        self.sum_squares[start:stop] += wide.square().sum(0)
-        self.abs_sum[start:stop] += wide.abs().sum(0)
-        # amin and amax apart: aminmax along the rows was measured 30 times as slow as the two together
-        self.minimum[start:stop] = torch.minimum(self.minimum[start:stop], stripe.amin(0))
-        self.maximum[start:stop] = torch.maximum(self.maximum[start:stop], stripe.amax(0))
+    def _add_stripe(self, rows: Tensor, away: Tensor | None, start: int) -> None:
+        stop = min(start + STRIPE_COLUMNS, rows.shape[-1])
         if self.gram is not None:
-            self.gram[start:stop, start:].addmm_(stripe.T, hidden[:, start:])
+            self._add_products(self.gram, rows, start, stop)
         if self.drift is not None and away is not None:
-            self.drift[start:stop].addmm_(away[:, start:stop].T, hidden)
+            self.drift[start:stop].addmm_(away[:, start:stop].T, rows)
         if self._counted is not None:
             apart = self._counted == "column"
-            rows = slice(start, stop) if apart else slice(start // STRIPE_COLUMNS, start // STRIPE_COLUMNS + 1)
-            self.counts[rows] += histogram.counts(stripe, apart)
+            places = slice(start, stop) if apart else slice(start // STRIPE_COLUMNS, start // STRIPE_COLUMNS + 1)
+            self.counts[places] += histogram.counts(rows[:, start:stop], apart)
+
+    def _add_products(self, gram: Tensor, rows: Tensor, start: int, stop: int) -> None:
+        if self._rounds:
+            grams.add(gram, rows, start, stop)
+            return
+        for first in range(start, stop, self._product_columns):
+            last = min(first + self._product_columns, stop)
+            gram[first:last, first:].addmm_(rows[:, first:last].T, rows[:, first:])
 
 
 def histogram_of_tap(counts: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ Kind = Literal[
 # Raise a number when a step writes other bytes for the same spec: everything that depends on it is then done again.
 RECIPES: dict[Kind, int] = {
     "fetch": 2,
-    "calibrate": 1,
+    "calibrate": 2,
     "imatrix": 1,
     "propagate": 1,
     "quantize": 2,

@@ -32,6 +32,7 @@ from converter.tokenizer import tokenizer
 from converter.workers import Workers
 from decoder_models import FAMILIES, build, tensors_of
 from patience import PATIENCE_SECONDS
+from quantkernels import gram
 
 BLOCKS, LENGTH, VOCABULARY = 3, 20, 97
 ROWS = torch.randint(0, VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(5))
@@ -234,6 +235,28 @@ def test_products_in_bfloat16_change_a_block_by_their_rounding_and_no_type(
     # if all of them added up.
     change = float((found - expected).norm() / (expected - hidden).norm())
     assert 2**-14 < change < 21 * 2**-9
+
+
+@pytest.mark.skipif(not gram.available(), reason="the processor has no AVX512_BF16")
+def test_grams_are_of_what_linears_read_in_bfloat16(models: Mapping[str, tuple[Path, PreTrainedModel]]) -> None:
+    folder, model = models["qwen3"]
+    tensors = block_tensors(model, 0)
+    read: list[Tensor] = []
+    found: list[CalibratedBlock] = []
+    for workers in (1, 3):
+        decoder = open_decoder(folder, products=torch.bfloat16, workers=workers)
+        hidden = decoder.embed(ROWS, tensors_of(model))
+        decoder.run_block(0, tensors, hidden, lambda n, seen: read.append(seen["mlp_middle"].bfloat16()))
+        found.append(calibrate_block(decoder, 0, tensors, hidden, {"mlp_middle"}))
+    wide = torch.cat(read[: len(ROWS)]).double()
+    for one in found:
+        given = one.stats["mlp_middle"].gram
+        assert given is not None
+        # every product is exact in f32, and every addition rounds by 2^-24 of the sum of magnitudes at most
+        limit = (len(wide) + len(ROWS)) * 2**-24 * (wide.abs().T @ wide.abs())
+        assert bool(((given.double() - wide.T @ wide).abs() <= limit).all())
+    first, second = (pack(one.stats) for one in found)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_quantized_activations_reach_the_linear_and_not_the_statistics(

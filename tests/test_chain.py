@@ -37,8 +37,7 @@ def drifted(original: Tensor, size: float = 0.2, seed: int = 2) -> Tensor:
 
 def stats_of(chain: Tensor, original: Tensor) -> TapStats:
     collector = Collector(columns=WIDTH, gram=True, drift=True)
-    for step in collector.steps(chain, original):
-        step()
+    collector.add(chain, original)
     return collector.stats()
 
 

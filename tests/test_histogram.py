@@ -10,7 +10,7 @@ from torch import Tensor
 
 from converter import histogram
 from converter.histogram import BINS, HALF, bins_of, distribution, edges, magnitudes
-from converter.stats import LARGE, STRIPE_COLUMNS, Collector, Counted, TapStats, observe, pack, unpack
+from converter.stats import LARGE, STRIPE_COLUMNS, Collector, Counted, RowSums, TapStats, observe, pack, unpack
 
 WIDTH = 1 / 32  # of a bin, as a share of its lower edge, at most
 
@@ -72,7 +72,7 @@ def test_every_value_is_counted_once() -> None:
 def test_steps_that_run_at_once_count_each_in_a_row_of_its_own() -> None:
     hidden = rows(9, 3 * STRIPE_COLUMNS)
     collector = Collector(columns=hidden.shape[1], gram=False, counted="tap")
-    for step in reversed(collector.steps(hidden)):
+    for step in reversed(collector.steps(RowSums(hidden))):
         step()
     assert bool((collector.counts.sum(1) == 9 * STRIPE_COLUMNS).all())
     assert torch.equal(collector.stats().histogram, counted(hidden))  # type: ignore[arg-type]

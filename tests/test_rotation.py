@@ -164,8 +164,7 @@ def test_a_drift_follows_as_the_gram_does() -> None:
 
     def collected(hidden: Tensor, beside: Tensor) -> TapStats:
         collector = Collector(columns=48, gram=True, drift=True)
-        for step in collector.steps(hidden, beside):
-            step()
+        collector.add(hidden, beside)
         return collector.stats()
 
     found = collected(rows, original).turned(rotated.turn)

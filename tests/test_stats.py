@@ -17,7 +17,8 @@ from converter.blocks import Decoder
 from converter.calibrate import calibrate_block
 from converter.errors import NumericsError
 from converter.source import open_folder
-from converter.stats import STRIPE_COLUMNS, Collector, TapStats, observe, pack, unpack
+from converter.stats import STRIPE_COLUMNS, Collector, RowSums, TapStats, observe, pack, unpack
+from quantkernels import gram
 from tiny_models import write_llama
 
 EPS = torch.finfo(torch.float32).eps
@@ -138,7 +139,7 @@ def test_steps_give_the_same_bits_in_any_order() -> None:
     for shuffled in (False, True):
         collector = Collector(columns=parts[0].shape[1], gram=True)
         for part in parts:
-            steps = collector.steps(part)
+            steps = collector.steps(RowSums(part))
             if shuffled:
                 random.Random(3).shuffle(steps)
             for step in steps:
@@ -146,6 +147,37 @@ def test_steps_give_the_same_bits_in_any_order() -> None:
         results.append(collector.stats())
     for field in (*FIELDS, "gram"):
         assert torch.equal(vars(results[0])[field], vars(results[1])[field])
+
+
+def test_where_linears_multiply_in_bf16_only_the_gram_is_of_rounded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = rows(600, STRIPE_COLUMNS + 40)
+    exact = observe(hidden, gram=True)
+    for able in (gram.available(), False):
+        if not able:
+            monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_f": True})
+        collector = Collector(columns=hidden.shape[1], gram=True, products=torch.bfloat16)
+        collector.add(hidden)
+        stats = collector.stats()
+        for field in FIELDS:
+            assert torch.equal(vars(stats)[field], vars(exact)[field])
+        assert stats.gram is not None and exact.gram is not None
+        assert torch.equal(stats.gram, stats.gram.T)
+        assert torch.equal(stats.gram, exact.gram) == (not able)
+        read = hidden.bfloat16().double() if able else hidden.double()
+        assert_gram_close(stats.gram, read.T @ read, hidden.bfloat16() * 1.01)
+        torch.testing.assert_close(stats.gram.diagonal().double(), stats.sum_squares, rtol=2**-7, atol=0)
+
+
+def test_steps_of_rounded_rows_give_the_same_bits_in_any_order() -> None:
+    hidden = rows(100, 3 * STRIPE_COLUMNS + 5)
+    grams = []
+    for backwards in (False, True):
+        collector = Collector(columns=hidden.shape[1], gram=True, products=torch.bfloat16)
+        steps = collector.steps(RowSums(hidden))
+        for step in reversed(steps) if backwards else steps:
+            step()
+        grams.append(collector.stats().gram)
+    assert grams[0] is not None and grams[1] is not None and torch.equal(*grams)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -170,8 +202,7 @@ def drifted(hidden: Tensor, seed: int = 9) -> Tensor:
 
 def with_drift(hidden: Tensor, original: Tensor) -> TapStats:
     collector = Collector(columns=hidden.shape[1], gram=True, drift=True)
-    for step in collector.steps(hidden, original):
-        step()
+    collector.add(hidden, original)
     return collector.stats()
 
 
