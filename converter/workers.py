@@ -11,12 +11,24 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+@contextmanager
+def row_threads(count: int) -> Iterator[None]:
+    """Inside, torch and our kernels have `count` threads: for what computes each row alone, and no matrix product."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Workers:
@@ -34,15 +46,11 @@ class Workers:
 
         A map may run while the results of another are consumed, not inside `function`.
         """
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with row_threads(1):
             if self._pool is None:
                 yield from map(function, items)
             else:
                 yield from _in_order(self._pool, self.count, function, items)
-        finally:
-            torch.set_num_threads(threads)
 
 
 def _in_order(

@@ -23,8 +23,9 @@ from converter.methods.tables import NEEDS, ROUNDERS, TRANSFORMS, turns
 from converter.rare_experts import blended
 from converter.residual import Residual
 from converter.stats import TapStats, unpack
+from converter.workers import row_threads
 from jobs import stream
-from jobs.attempt import Attempt, here, read
+from jobs.attempt import PRODUCTS, Attempt, here, read
 from jobs.needs import rounds_on_gpu, streams
 from jobs.rows import rows_of_block
 from jobs.stages import in_stages, round_in_stages
@@ -159,9 +160,9 @@ def _stream(
     importance, notes = stream.weigh(work.target, model.snapshot, work.tensors, state, prefix, importance)
     names = tuple(tensor.name for tensor in work.tensors)
     files = {name: attempt.folder / part_file(names, name) for name in names}
-    torch.set_num_threads(attempt.threads)  # no BLAS here, and rows are the same bytes on any number of threads
     device = work.device if rounds_on_gpu(work.target) else "cpu"
-    stream.round_tensors(model.snapshot, work.tensors, importance, files, state.where, attempt.report, device)
+    with row_threads(attempt.threads):
+        stream.round_tensors(model.snapshot, work.tensors, importance, files, state.where, attempt.report, device)
     return notes
 
 
@@ -188,6 +189,8 @@ def _round_group(
         learning_rate=target.learning_rate,
         seed=model.snapshot.commit,
         device=work.device,
+        products=PRODUCTS[work.texts.calibration.precision],
+        threads=attempt.threads,
     )
     state = replace(
         state,

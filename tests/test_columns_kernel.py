@@ -171,6 +171,18 @@ def test_a_sweep_never_adds_error_and_nearly_always_takes_some(rows: int, width:
         assert float(errors[-1].sum()) < 0.99 * float(errors[0].sum()), frame.kind
 
 
+def test_rough_products_end_at_an_error_as_small() -> None:
+    given = problem(even_frame(64, 640), 640)
+    codes, _ = given.solve()
+    frame, rough = columns.refine(
+        given.weight, given.hessian, given.frame, codes, sweeps=2, rough_hessian=given.hessian.bfloat16()
+    )
+    exact = given.refine(codes)
+    assert not torch.equal(rough, exact)
+    before, reached, wanted = (float(given.error(some).sum()) for some in (codes, rough, exact))
+    assert abs(reached - wanted) < 0.01 * (before - wanted)
+
+
 def test_after_many_sweeps_no_single_change_of_a_code_helps() -> None:
     for frame in (even_frame(6, 40), table_frame(6, 40)):
         given = problem(frame, 40)

@@ -19,7 +19,7 @@ from converter.grids.kmeans import KMeansGrid
 from converter.grids.levels import LevelGrid
 from converter.grids.plain import PlainGrid
 from converter.methods import Block, Options
-from converter.methods.gptq import factorize, gptq
+from converter.methods.gptq import PIECE_ROWS, factorize, gptq
 from converter.methods.rtn import round_to_nearest
 from converter.methods.smoothquant import smoothquant
 from converter.methods.tables import NEEDS, ROUNDERS, TRANSFORMS
@@ -125,6 +125,18 @@ def test_linears_of_a_tap_are_solved_together_as_if_alone() -> None:
         alone = gptq(dataclasses.replace(given, tensors={name: given.tensors[name]}), {name: chosen[name]}, Options())
         for part, values in alone.coded[name].parts.items():
             assert torch.equal(together.coded[name].parts[part], values), (name, part)
+
+
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_rows_have_the_same_bits_on_any_number_of_threads(products: torch.dtype) -> None:
+    given = block()
+    tall = torch.randn(2 * PIECE_ROWS + 7, WIDTH, generator=torch.Generator().manual_seed(5))
+    given = dataclasses.replace(given, tensors={**given.tensors, "q.weight": tall})
+    options = Options(products=products)
+    one, three = (gptq(given, grids(given), dataclasses.replace(options, threads=count)) for count in (1, 3))
+    for name, coded in one.coded.items():
+        for part, values in coded.parts.items():
+            assert torch.equal(values, three.coded[name].parts[part]), (name, part)
 
 
 def test_columns_are_rounded_in_activation_order_on_scales_of_contiguous_groups() -> None:

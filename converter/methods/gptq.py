@@ -30,9 +30,13 @@ from converter.grids import Coded, Framed, Grid
 from converter.methods import Block, Options, Rounded
 from converter.methods.rtn import importance_of, is_quantized, nearest, round_to_nearest
 from converter.stats import TapStats
+from converter.workers import Workers, row_threads
 from quantkernels import columns
 
-PIECE_WEIGHTS = 1 << 24  # rows are solved this many weights at a time; each of some six temporaries takes 64 MB
+PIECE_WEIGHTS = (
+    1 << 24
+)  # rows are solved this many weights at a time on a GPU; each of some six temporaries takes 64 MB
+PIECE_ROWS = 256  # and on a CPU so many, by a thread each; enough for products to be as fast as they get
 LEAF = 128  # columns below which a triangular inverse is not halved again
 LEAST_RAISED = 0.01  # where raising the damping starts when none was asked for
 PROBES = 8  # vectors that a factorisation in f32 is tried on
@@ -85,7 +89,8 @@ def gptq(block: Block, grids: Mapping[str, Grid], options: Options) -> Rounded:
             coded.update(solved.coded)
             notes.update(solved.notes)
     rest = {name: weight for name, weight in block.tensors.items() if name not in coded}
-    rounded = round_to_nearest(replace(block, tensors=rest), grids, options)
+    with row_threads(options.threads):
+        rounded = round_to_nearest(replace(block, tensors=rest), grids, options)
     unsolved = [name for name, weight in rest.items() if is_quantized(weight, grids[name])]
     if block.taps:  # outside of the blocks nothing has one
         notes.update(dict.fromkeys(unsolved, "no Gram matrix: rounded to nearest"))
@@ -103,7 +108,8 @@ def _solve_tap(block: Block, tap: Tap, stats: TapStats, grids: Mapping[str, Grid
     told = ""
     if stats.drift is not None and weights:
         weights, told = _aimed(weights, stats.drift, factor_of(1))
-    linears = _linears(block, weights, grids)
+    with row_threads(options.threads):
+        linears = _linears(block, weights, grids)
     coded: dict[str, Coded] = {}
     notes: dict[str, str] = {}
     for together in {linear.framed.frame.together: None for linear in linears}:
@@ -113,7 +119,7 @@ def _solve_tap(block: Block, tap: Tap, stats: TapStats, grids: Mapping[str, Grid
             if linear.framed.frame.together == together:
                 alike.setdefault(linear.framed.frame.kind, []).append(linear)
         for some in alike.values():
-            coded.update(_solve(some, factor, options.sweeps))
+            coded.update(_solve(some, factor, options))
             said = "; ".join(note for note in (factor.note, told) if note)
             notes.update({linear.name: said for linear in some if said})
     return Rounded(coded=coded, notes=notes)
@@ -155,15 +161,21 @@ def _linears(block: Block, weights: Mapping[str, Tensor], grids: Mapping[str, Gr
     return found
 
 
-def _solve(linears: list[_Linear], factor: Factor, sweeps: int) -> dict[str, Coded]:
+def _solve(linears: list[_Linear], factor: Factor, options: Options) -> dict[str, Coded]:
     """The linears, which read one tap and have frames of one kind, solved as one matrix, some rows at a time."""
     weight_OI = torch.cat([linear.weight_OI for linear in linears])
-    pieces = torch.split(weight_OI, max(1, PIECE_WEIGHTS // weight_OI.shape[1]))
+    on_cpu = factor.upper_II.device.type == "cpu"
+    pieces = torch.split(weight_OI, PIECE_ROWS if on_cpu else max(1, PIECE_WEIGHTS // weight_OI.shape[1]))
     stacked = columns.stack([linear.framed.frame for linear in linears])
-    solved = [
-        _solve_rows(piece_OI, frame, factor, sweeps)
-        for piece_OI, frame in zip(pieces, columns.split(stacked, [len(piece) for piece in pieces]), strict=True)
-    ]
+    rough_II = factor.hessian_II.to(options.products)
+
+    def solve(piece: tuple[Tensor, columns.AnyFrame]) -> tuple[columns.AnyFrame, Tensor]:
+        return _solve_rows(*piece, factor, rough_II, options.sweeps)
+
+    workers = Workers(options.threads if on_cpu else 1)
+    solved = list(
+        workers.map(solve, zip(pieces, columns.split(stacked, [len(piece) for piece in pieces]), strict=True))
+    )
     rows = [len(linear.weight_OI) for linear in linears]
     frames = columns.split(columns.stack([frame for frame, _ in solved]), rows)
     codes = torch.split(torch.cat([codes for _, codes in solved]), rows)
@@ -174,13 +186,12 @@ def _solve(linears: list[_Linear], factor: Factor, sweeps: int) -> dict[str, Cod
 
 
 def _solve_rows(
-    weight_OI: Tensor, frame: columns.AnyFrame, factor: Factor, sweeps: int
+    weight_OI: Tensor, frame: columns.AnyFrame, factor: Factor, rough_II: Tensor, sweeps: int
 ) -> tuple[columns.AnyFrame, Tensor]:
     """The frame, with better scales where it may have others, and the codes; solved where the factor is."""
-    threads, there = torch.get_num_threads(), factor.upper_II.device
-    there_OI = weight_OI.to(there)
-    codes, _ = columns.solve(there_OI, factor.upper_II, frame, factor.order_I, threads=threads)
-    better, codes = columns.refine(there_OI, factor.hessian_II, frame, codes, sweeps=sweeps, threads=threads)
+    there_OI = weight_OI.to(factor.upper_II.device)
+    codes, _ = columns.solve(there_OI, factor.upper_II, frame, factor.order_I)
+    better, codes = columns.refine(there_OI, factor.hessian_II, frame, codes, sweeps=sweeps, rough_hessian=rough_II)
     return columns.on(better, weight_OI.device), codes.to(weight_OI.device)
 
 
@@ -244,7 +255,7 @@ def _inverse_factor(backwards_II: Tensor) -> Tensor | None:
         return None
     upper_II = lower_II.flip(0, 1)
     del lower_II
-    return _upper_inverse(upper_II).float()
+    return _upper_inverse(upper_II).float().contiguous()
 
 
 def _holds(upper_II: Tensor, hessian_II: Tensor, order_I: Tensor) -> bool:

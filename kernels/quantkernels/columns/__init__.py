@@ -94,6 +94,7 @@ def refine(
     codes: Tensor,
     *,
     sweeps: int,
+    rough_hessian: Tensor | None = None,
     threads: int = 1,
     backend: Backend | None = None,
 ) -> tuple[AnyFrame, Tensor]:
@@ -103,11 +104,16 @@ def refine(
     P = (w' - w) H kept up to date, the best value of column j is w'_j - P_j / H_jj, and likewise for the columns that
     share a code; ties and a diagonal Hessian leave every code that was nearest as it was. Scales and offsets move as
     far as the frame's ladders allow, so without ladders not at all. Columns go in their own order, `sweeps` times:
-    descent forgets the order it began with. Where it runs is as for `solve`.
+    descent forgets the order it began with. rough_hessian: the same in bf16, for the large products, where those are
+    fast; the error is then less only as far as they can tell. Where it runs is as for `solve`.
     Source: Behdin et al. 2023, QuantEase, arXiv:2309.01885.
     """
     chosen, home = _chosen(weight, frame, backend), weight.device
-    state = begin(weight, hessian, frame, codes, home if chosen == "triton" else torch.device("cpu"))
+    device, rough = (
+        home if chosen == "triton" else torch.device("cpu"),
+        hessian if rough_hessian is None else rough_hessian,
+    )
+    state = begin(weight, hessian, frame, codes, device, rough)
     move, block = _move(state, chosen, threads), weight.shape[1] if chosen == "reference" else BLOCK
     for _ in range(sweeps):
         sweep(state, move, block)

@@ -1,4 +1,7 @@
-"""The column loops in numba: 32 rows at a time, one row per SIMD lane.
+"""The column loops in numba: sixteen rows at a time, one row per SIMD lane.
+
+Eight columns settle what becomes of each other at once; the columns behind them are then corrected for all eight, so
+that a correction is read and written once for eight products.
 
 Within a block of columns the operations and their order are those of `reference.py`, lane by lane, so a weight of at
 most 128 columns gets its very bits. Beyond a block the corrections of its 128 columns are summed by a matrix product
@@ -10,19 +13,33 @@ of a tie.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from quantkernels.columns.reference import WORTH, Codes, Floats, Grid
-from quantkernels.compiling import compiled, kernel
+from quantkernels.compiling import inlined, kernel
+from quantkernels.ggml.cpu.lanes import (
+    WIDTH,
+    Lanes,
+    bits_of,
+    buffer,
+    load,
+    magnitude,
+    select,
+    spread,
+    store,
+    store_bytes,
+    transpose,
+)
 from quantkernels.rows import over_rows
 
-LANES = 32
+Offsets: TypeAlias = NDArray[np.int64]
+AT_ONCE = 8  # columns; the code of `correct` says so, too
 ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to nearest even, up to 2**22
-ZERO, HALF, INFINITE = np.float32(0), np.float32(0.5), np.float32(np.inf)
+ZERO, HALF, ONE, INFINITE = np.float32(0), np.float32(0.5), np.float32(1), np.float32(np.inf)
 
 
 def solve(
@@ -109,50 +126,110 @@ def _of_rows(levels_OGL: Floats, rows: slice) -> Floats:
     return levels_OGL if len(levels_OGL) == 1 else levels_OGL[rows]
 
 
-@compiled
-def load_levels(levels_OGL: Floats, top: int, used: int, group: int, levels_LR: Floats) -> None:
-    """Fills levels_LR with the levels of `group` in the tile of rows that begins at `top`."""
-    many, grouped = levels_OGL.shape[0] > 1, levels_OGL.shape[1] > 1
+@inlined
+def load_tile(values_OI: Floats, offsets_R: Offsets, first: int, columns: int, tile: Floats) -> None:
+    """Fills the tile's first lines with as many columns of its rows, from `first` on."""
+    whole = columns // WIDTH * WIDTH
+    for i in range(0, whole, WIDTH):
+        transpose(values_OI, offsets_R, first + i, tile, i)
+    flat = values_OI.reshape(-1)
+    for i in range(whole, columns):
+        for r in range(WIDTH):
+            tile[i * WIDTH + r] = flat[offsets_R[r] + first + i]
+
+
+@inlined
+def load_group(values_OG: Floats, top: int, used: int, group: int, line: Floats) -> None:
+    """Fills a line with what `group` has in the tile of rows that begins at `top`."""
     for r in range(used):
-        for k in range(levels_OGL.shape[2]):
-            levels_LR[k, r] = levels_OGL[top + r if many else 0, group if grouped else 0, k]
+        line[r] = values_OG[top + r, group]
 
 
-@compiled
-def to_levels(steps_R: Floats, zero_R: Floats, low: Any, high: Any, levels_LR: Floats, level_R: Floats) -> None:
-    """Replaces steps_R, wanted values less the offset in units of the scale, by the nearest that a code can mean.
-
-    level_R is scratch.
-    """
-    if len(levels_LR) == 0:
-        for r in range(LANES):
-            steps = steps_R[r]
-            lowest, highest = low - zero_R[r], high - zero_R[r]
-            steps = lowest if steps < lowest else steps
-            steps = highest if steps > highest else steps
-            steps_R[r] = (steps + ROUND) - ROUND
-        return
-    for r in range(LANES):
-        steps_R[r] += zero_R[r]
-        level_R[r] = levels_LR[0, r]
-    for k in range(len(levels_LR) - 1):
-        for r in range(LANES):
-            below, above = levels_LR[k, r], levels_LR[k + 1, r]
-            level_R[r] = above if steps_R[r] > (below + above) * HALF else level_R[r]
-    for r in range(LANES):
-        steps_R[r] = level_R[r] - zero_R[r]
+@inlined
+def load_levels(levels_OGL: Floats, top: int, used: int, group: int, levels: Floats) -> None:
+    """Fills `levels`, a line for each, with the levels of `group` in the tile of rows that begins at `top`."""
+    many, grouped = levels_OGL.shape[0] > 1, levels_OGL.shape[1] > 1
+    for k in range(levels_OGL.shape[2]):
+        for r in range(used):
+            levels[k * WIDTH + r] = levels_OGL[top + r if many else 0, group if grouped else 0, k]
 
 
-@compiled
-def code_of(steps: Any, zero: Any, levels_LR: Floats, r: int) -> Any:
-    """The code of a level as to_levels gives it, in row r of the tile; the first of equal levels."""
-    if len(levels_LR) == 0:
-        return np.int8(steps + zero)
+@inlined
+def to_level(steps: Lanes, zero: Lanes, low: Any, high: Any, levels: Floats, count: int) -> Lanes:
+    """The nearest that a code can mean to `steps`, wanted values less the offset in units of the scale."""
+    if count == 0:
+        lowest, highest = low - zero, high - zero
+        steps = select(steps < lowest, lowest, steps)
+        steps = select(steps > highest, highest, steps)
+        return (steps + ROUND) - ROUND
+    steps = steps + zero
+    level = load(levels, 0)
+    for k in range(count - 1):
+        below, above = load(levels, k * WIDTH), load(levels, (k + 1) * WIDTH)
+        level = select(steps > (below + above) * HALF, above, level)
+    return level - zero
+
+
+@inlined
+def code_of(steps: Lanes, zero: Lanes, levels: Floats, count: int) -> Lanes:
+    """The codes of levels as to_level gives them; the first of equal levels."""
     level = steps + zero
-    code = 0
-    for k in range(len(levels_LR) - 1):
-        code += (levels_LR[k, r] + levels_LR[k + 1, r]) * HALF < level
-    return np.int8(code)
+    if count == 0:
+        return level
+    code = spread(ZERO)
+    for k in range(count - 1):
+        middle = (load(levels, k * WIDTH) + load(levels, (k + 1) * WIDTH)) * HALF
+        code = code + select(middle < level, spread(ONE), ZERO)
+    return code
+
+
+@inlined
+def correct(tile: Floats, shares_CC: Floats, shares: Floats, i: int, columns: int) -> None:
+    """Adds to each line j of the tile behind i + 8 what the eight lines of `shares` say, times shares_CC[i .., j]."""
+    one, two, three, four = load(shares, 0), load(shares, WIDTH), load(shares, 2 * WIDTH), load(shares, 3 * WIDTH)
+    five, six = load(shares, 4 * WIDTH), load(shares, 5 * WIDTH)
+    seven, eight = load(shares, 6 * WIDTH), load(shares, 7 * WIDTH)
+    for j in range(i + AT_ONCE, columns):
+        value = load(tile, j * WIDTH)
+        value = value + one * shares_CC[i, j]
+        value = value + two * shares_CC[i + 1, j]
+        value = value + three * shares_CC[i + 2, j]
+        value = value + four * shares_CC[i + 3, j]
+        value = value + five * shares_CC[i + 4, j]
+        value = value + six * shares_CC[i + 5, j]
+        value = value + seven * shares_CC[i + 6, j]
+        value = value + eight * shares_CC[i + 7, j]
+        store(tile, j * WIDTH, value)
+
+
+@inlined
+def save_values(
+    tile: Floats, i: int, wide: int, lines_R: Offsets, square: Floats, values_OI: Floats, top: int, used: int, at: int
+) -> None:
+    """Writes `wide` lines of the tile, from line i on, as columns of values_OI from `at` on, in the tile's rows."""
+    transpose(tile, lines_R, i * WIDTH, square, 0)
+    flat, columns = values_OI.reshape(-1), values_OI.shape[1]
+    for r in range(used):
+        if wide == WIDTH:
+            store(values_OI, (top + r) * columns + at, load(square, r * WIDTH))
+        else:
+            for k in range(wide):
+                flat[(top + r) * columns + at + k] = square[r * WIDTH + k]
+
+
+@inlined
+def save_codes(
+    tile: Floats, i: int, wide: int, lines_R: Offsets, square: Floats, codes_OI: Codes, top: int, used: int, at: int
+) -> None:
+    """The same for lines that hold codes."""
+    transpose(tile, lines_R, i * WIDTH, square, 0)
+    flat, columns = codes_OI.reshape(-1), codes_OI.shape[1]
+    for r in range(used):
+        if wide == WIDTH:
+            store_bytes(codes_OI, (top + r) * columns + at, load(square, r * WIDTH))
+        else:
+            for k in range(wide):
+                flat[(top + r) * columns + at + k] = np.int8(square[r * WIDTH + k])
 
 
 @kernel
@@ -176,38 +253,45 @@ def solve_block(
     Takes whole rows: a slice of columns is contiguous or not by its width, which would be two types of one kernel.
     """
     rows, columns = push_OC.shape
-    tile_CR = np.zeros((columns, LANES), np.float32)
-    scale_R, zero_R, offset_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
-    push_R, steps_R, level_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
-    levels_LR = np.zeros((levels_OGL.shape[2], LANES), np.float32)
-    for top in range(0, rows, LANES):
-        used, loaded = min(LANES, rows - top), -1
-        for r in range(used):
-            for i in range(columns):
-                tile_CR[i, r] = left_OI[top + r, first + i]
+    count = levels_OGL.shape[2]
+    lines = -(-columns // WIDTH) * WIDTH
+    tile, codes, shares, square = buffer(lines), buffer(lines), buffer(AT_ONCE), buffer(WIDTH)
+    scale_R, zero_R, offset_R, levels = buffer(1), buffer(1), buffer(1), buffer(max(1, count))
+    error_R, offsets_R, lines_R = np.zeros(WIDTH, np.float64), np.zeros(WIDTH, np.int64), np.arange(WIDTH) * WIDTH
+    for top in range(0, rows, WIDTH):
+        used, loaded = min(WIDTH, rows - top), -1
+        for r in range(WIDTH):
+            offsets_R[r] = (top + min(r, used - 1)) * left_OI.shape[1]
+            error_R[r] = error_O[top + min(r, used - 1)]
+        load_tile(left_OI, offsets_R, first, columns, tile)
         for i in range(columns):
+            within = i % AT_ONCE
             group = group_I[first + i]
             if group != loaded:
-                load_levels(levels_OGL, top, used, group, levels_LR)
+                load_group(scale_OG, top, used, group, scale_R)
+                load_group(zero_OG, top, used, group, zero_R)
+                load_group(offset_OG, top, used, group, offset_R)
+                load_levels(levels_OGL, top, used, group, levels)
                 loaded = group
-            for r in range(used):
-                scale_R[r] = scale_OG[top + r, group]
-                zero_R[r] = zero_OG[top + r, group]
-                offset_R[r] = offset_OG[top + r, group]
-            for r in range(LANES):
-                steps_R[r] = (tile_CR[i, r] - offset_R[r]) / (scale_R[r] if scale_R[r] != ZERO else INFINITE)
-            to_levels(steps_R, zero_R, low, high, levels_LR, level_R)
-            diagonal = factor_CC[i, i]
-            for r in range(LANES):
-                push_R[r] = (tile_CR[i, r] - (steps_R[r] * scale_R[r] + offset_R[r])) / diagonal
-            for j in range(i + 1, columns):
-                share = factor_CC[i, j]
-                for r in range(LANES):
-                    tile_CR[j, r] -= push_R[r] * share
-            for r in range(used):
-                codes_OI[top + r, first + i] = code_of(steps_R[r], zero_R[r], levels_LR, r)
-                push_OC[top + r, i] = push_R[r]
-                error_O[top + r] += np.float64(push_R[r]) * np.float64(push_R[r])
+            scale, zero, offset = load(scale_R, 0), load(zero_R, 0), load(offset_R, 0)
+            left = load(tile, i * WIDTH)
+            steps = to_level((left - offset) / select(scale == ZERO, INFINITE, scale), zero, low, high, levels, count)
+            push = (left - (steps * scale + offset)) / factor_CC[i, i]
+            store(codes, i * WIDTH, code_of(steps, zero, levels, count))
+            store(tile, i * WIDTH, push)
+            store(shares, within * WIDTH, -push)
+            for j in range(i + 1, min(i - within + AT_ONCE, columns)):
+                store(tile, j * WIDTH, load(tile, j * WIDTH) - push * factor_CC[i, j])
+            if within == AT_ONCE - 1:
+                correct(tile, factor_CC, shares, i - within, columns)
+        for i in range(columns):
+            for r in range(WIDTH):
+                error_R[r] += np.float64(tile[i * WIDTH + r]) * np.float64(tile[i * WIDTH + r])
+        for i in range(0, columns, WIDTH):
+            save_codes(codes, i, min(WIDTH, columns - i), lines_R, square, codes_OI, top, used, first + i)
+            save_values(tile, i, min(WIDTH, columns - i), lines_R, square, push_OC, top, used, i)
+        for r in range(used):
+            error_O[top + r] = error_R[r]
 
 
 @kernel
@@ -228,49 +312,53 @@ def refine_block(
 ) -> None:
     """Moves each code of the block that begins at `first` to where the error is least, the others held.
 
-    slope_OC holds the slopes inside the block; they are kept up to date in a tile.
+    slope_OC holds the slopes inside the block; those of columns still to come are kept up to date in a tile.
     """
     rows, columns = slope_OC.shape
-    slope_CR = np.zeros((columns, LANES), np.float32)
-    scale_R, zero_R, offset_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
-    best_R, steps_R, change_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
-    value_R, level_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
-    levels_LR = np.zeros((levels_OGL.shape[2], LANES), np.float32)
-    for top in range(0, rows, LANES):
-        used, loaded = min(LANES, rows - top), -1
-        for r in range(used):
-            for i in range(columns):
-                slope_CR[i, r] = slope_OC[top + r, i]
+    count, stride = levels_OGL.shape[2], value_OI.shape[1]
+    lines = -(-columns // WIDTH) * WIDTH
+    slopes, values, changes, codes = buffer(lines), buffer(lines), buffer(lines), buffer(lines)
+    levels, scale_R, zero_R, offset_R = buffer(max(1, count)), buffer(1), buffer(1), buffer(1)
+    offsets_R, slopes_R = np.zeros(WIDTH, np.int64), np.zeros(WIDTH, np.int64)
+    flat_codes, flat_off, flat_value = codes_OI.reshape(-1), off_OI.reshape(-1), value_OI.reshape(-1)
+    for top in range(0, rows, WIDTH):
+        used, loaded = min(WIDTH, rows - top), -1
+        for r in range(WIDTH):
+            offsets_R[r] = (top + min(r, used - 1)) * stride
+            slopes_R[r] = (top + min(r, used - 1)) * columns
+        load_tile(slope_OC, slopes_R, 0, columns, slopes)
+        load_tile(value_OI, offsets_R, first, columns, values)
+        moved = False
         for i in range(columns):
+            within = i % AT_ONCE
             group = group_I[first + i]
             if group != loaded:
-                load_levels(levels_OGL, top, used, group, levels_LR)
+                load_group(scale_OG, top, used, group, scale_R)
+                load_group(zero_OG, top, used, group, zero_R)
+                load_group(offset_OG, top, used, group, offset_R)
+                load_levels(levels_OGL, top, used, group, levels)
                 loaded = group
+            scale, zero, offset = load(scale_R, 0), load(zero_R, 0), load(offset_R, 0)
+            old = load(values, i * WIDTH)
+            best = old - load(slopes, i * WIDTH) / hessian_CC[i, i]
+            steps = to_level((best - offset) / select(scale == ZERO, INFINITE, scale), zero, low, high, levels, count)
+            value = steps * scale + offset
+            better = magnitude(value - best) < magnitude(old - best) * WORTH
+            change = select(better, value - old, ZERO)
+            store(changes, i * WIDTH, change)
+            store(values, i * WIDTH, value)
+            store(codes, i * WIDTH, code_of(steps, zero, levels, count))
+            if bits_of(better) != 0:
+                moved = True
+                for j in range(i + 1, min(i - within + AT_ONCE, columns)):
+                    store(slopes, j * WIDTH, load(slopes, j * WIDTH) + change * hessian_CC[i, j])
+            if within == AT_ONCE - 1 and moved:
+                correct(slopes, hessian_CC, changes[(i - within) * WIDTH :], i - within, columns)
+                moved = False
+        for i in range(columns):
             for r in range(used):
-                scale_R[r] = scale_OG[top + r, group]
-                zero_R[r] = zero_OG[top + r, group]
-                offset_R[r] = offset_OG[top + r, group]
-                value_R[r] = value_OI[top + r, first + i]
-            diagonal = hessian_CC[i, i]
-            for r in range(LANES):
-                best_R[r] = value_R[r] - slope_CR[i, r] / diagonal
-                steps_R[r] = (best_R[r] - offset_R[r]) / (scale_R[r] if scale_R[r] != ZERO else INFINITE)
-            to_levels(steps_R, zero_R, low, high, levels_LR, level_R)
-            for r in range(LANES):
-                value = steps_R[r] * scale_R[r] + offset_R[r]
-                better = abs(value - best_R[r]) < abs(value_R[r] - best_R[r]) * WORTH
-                change_R[r] = value - value_R[r] if better else ZERO
-                value_R[r] = value if better else value_R[r]
-            moved = 0
-            for r in range(used):
-                if change_R[r] != ZERO:
-                    off_OI[top + r, first + i] += change_R[r]
-                    value_OI[top + r, first + i] = value_R[r]
-                    codes_OI[top + r, first + i] = code_of(steps_R[r], zero_R[r], levels_LR, r)
-                    moved += 1
-            if moved == 0:
-                continue
-            for j in range(columns):
-                share = hessian_CC[i, j]
-                for r in range(LANES):
-                    slope_CR[j, r] += change_R[r] * share
+                if changes[i * WIDTH + r] != ZERO:
+                    at = offsets_R[r] + first + i
+                    flat_off[at] += changes[i * WIDTH + r]
+                    flat_value[at] = values[i * WIDTH + r]
+                    flat_codes[at] = np.int8(codes[i * WIDTH + r])

@@ -102,20 +102,26 @@ class Frame:
 
     def steps(self, codes_OI: Tensor) -> Tensor:
         """What codes [O, I] i8 mean in units of the scale, f32, without the offset."""
-        group_I = torch.arange(codes_OI.shape[1], device=codes_OI.device) // self.group_size
         if self.levels_OGL is not None:
+            group_I = torch.arange(codes_OI.shape[1], device=codes_OI.device) // self.group_size
             row_O1 = torch.arange(len(codes_OI), device=codes_OI.device)[:, None]
             steps_OI = self.levels_OGL[row_O1, group_I, codes_OI.long()]
         elif self.table:
             steps_OI = torch.tensor(self.table, device=codes_OI.device)[codes_OI.long()]
         else:
             steps_OI = codes_OI.float()
-        return steps_OI - self.zero_OG[:, group_I]
+        return steps_OI - self._of_columns(self.zero_OG, codes_OI.shape[1])
 
     def decode(self, codes_OI: Tensor) -> Tensor:
         """The weight [O, I] f32 that a reader makes of codes [O, I] i8."""
-        group_I = torch.arange(codes_OI.shape[1]) // self.group_size
-        return self.steps(codes_OI) * self.scale_OG[:, group_I] + self.offset_OG[:, group_I]
+        scale_OI, offset_OI = (self._of_columns(each, codes_OI.shape[1]) for each in (self.scale_OG, self.offset_OG))
+        return self.steps(codes_OI) * scale_OI + offset_OI
+
+    def _of_columns(self, values_OG: Tensor, columns: int) -> Tensor:
+        """What each column has of its group's values, [O, I], or [O, 1] where there is one group."""
+        if values_OG.shape[1] == 1:
+            return values_OG
+        return values_OG[:, :, None].expand(-1, -1, self.group_size).flatten(1)[:, :columns]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,8 +40,9 @@ def rescale(
         own, columns = slice(at, at + each), slice(first + at, min(first + at + each, weight_OI.shape[1]))
         part, group = frame.part(columns), columns.start // each
         scale_O1 = part.scale_OG[:, :1]
+        steps_ON = part.steps(codes[:, columns.start // frame.together : columns.stop // frame.together])
         new_scale_O1, new_offset_O1 = _best(
-            part.steps(codes[:, columns.start // frame.together : columns.stop // frame.together]),
+            steps_ON,
             slope_OS[:, own],
             hessian_SS[own, own],
             scale_O1,
@@ -50,10 +51,12 @@ def rescale(
             offsets.part(slice(group, group + 1)) if offsets else None,
         )
         part.scale_OG[:] = new_scale_O1
+        value_ON = steps_ON.mul_(new_scale_O1)
         if isinstance(part, Frame):
             part.offset_OG[:] = new_offset_O1
-        value_OI[:, columns] = part.decode(codes[:, columns.start // frame.together : columns.stop // frame.together])
-        off_ON = value_OI[:, columns] - weight_OI[:, columns]
+            value_ON.add_(new_offset_O1)
+        value_OI[:, columns] = value_ON
+        off_ON = value_ON - weight_OI[:, columns]
         slope_OS += (off_ON - off_OI[:, columns]) @ hessian_SS[own]
         off_OI[:, columns] = off_ON
 
