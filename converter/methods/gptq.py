@@ -37,7 +37,7 @@ PIECE_WEIGHTS = (
     1 << 24
 )  # rows are solved this many weights at a time on a GPU; each of some six temporaries takes 64 MB
 PIECE_ROWS = 256  # and on a CPU so many, by a thread each; enough for products to be as fast as they get
-LEAF = 128  # columns below which a triangular inverse is not halved again
+LEAF = 128  # columns of a block of a triangular inverse
 LEAST_RAISED = 0.01  # where raising the damping starts when none was asked for
 PROBES = 8  # vectors that a factorisation in f32 is tried on
 PROBE_ERROR = 1e-3  # the share by which H^-1 H x may miss x there; more sends it to f64
@@ -241,7 +241,12 @@ def _damped(
     gram_II: Tensor, mean: float, share: float, order_I: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The Hessian in units of its mean diagonal, `share` added to its own; inputs never seen have 1 there."""
-    hessian_II = (gram_II if order_I is None else gram_II[order_I][:, order_I]).to(dtype, copy=True).div_(mean)
+    if order_I is None:
+        hessian_II = gram_II.to(dtype, copy=True)
+    else:
+        there_I = order_I.to(gram_II.device)
+        hessian_II = gram_II.index_select(0, there_I).index_select(1, there_I).to(dtype)
+    hessian_II.div_(mean)
     diagonal_I = hessian_II.diagonal()
     diagonal_I.add_(share + (diagonal_I <= 0).to(dtype))
     return hessian_II
@@ -261,23 +266,21 @@ def _inverse_factor(backwards_II: Tensor) -> Tensor | None:
 def _holds(upper_II: Tensor, hessian_II: Tensor, order_I: Tensor) -> bool:
     """Whether upper_II^T upper_II undoes hessian_II, as far as a few vectors of random signs can tell."""
     random = torch.Generator().manual_seed(len(upper_II))
-    probe_IP = torch.randint(0, 2, (len(upper_II), PROBES), generator=random).float().to(upper_II.device) * 2 - 1
-    back_IP = upper_II.T @ (upper_II @ (hessian_II @ probe_IP)[order_I])
-    return bool((back_IP - probe_IP[order_I]).square().mean().sqrt() < PROBE_ERROR)
+    probe_PI = torch.randint(0, 2, (PROBES, len(upper_II)), generator=random).float().to(upper_II.device) * 2 - 1
+    back_PI = torch.nn.functional.linear((probe_PI @ hessian_II)[:, order_I], upper_II) @ upper_II
+    return bool((back_PI - probe_PI[:, order_I]).square().mean().sqrt() < PROBE_ERROR)
 
 
 def _upper_inverse(upper_II: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, half by half: a third of the operations of solving for an identity."""
-    size = len(upper_II)
-    if size <= LEAF:
-        one_II = torch.eye(size, dtype=upper_II.dtype, device=upper_II.device)
-        solved_II: Tensor = torch.linalg.solve_triangular(upper_II, one_II, upper=True)
-        return solved_II
-    half = size // 2
-    inverse_II = torch.zeros_like(upper_II)
-    first, last = _upper_inverse(upper_II[:half, :half]), _upper_inverse(upper_II[half:, half:])
-    inverse_II[:half, :half], inverse_II[half:, half:] = first, last
-    inverse_II[:half, half:] = -(first @ upper_II[:half, half:]) @ last
+    """The inverse of an upper triangular matrix, block by block from below: no product with what is known to be 0."""
+    inverse_II = torch.zeros(upper_II.shape, dtype=upper_II.dtype, device=upper_II.device)
+    for top in reversed(range(0, len(upper_II), LEAF)):
+        own = slice(top, min(top + LEAF, len(upper_II)))
+        one = torch.eye(own.stop - top, dtype=upper_II.dtype, device=upper_II.device)
+        inverse_II[own, own] = torch.linalg.solve_triangular(upper_II[own, own], one, upper=True)
+        for left in range(own.stop, len(upper_II), LEAF):
+            behind, there = slice(own.stop, left + LEAF), slice(left, left + LEAF)
+            inverse_II[own, there] = -inverse_II[own, own] @ (upper_II[own, behind] @ inverse_II[behind, there])
     return inverse_II
 
 

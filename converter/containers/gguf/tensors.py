@@ -256,8 +256,8 @@ def choose(
     sources: dict[str, list[str]] = {}
     for tensor in present:
         shape = shapes[tensor.name]
-        if len(shape) < 2 or not may_quantize(tensor.stored_as):
-            continue
+        if math.prod(shape[:-1]) < 2 or not may_quantize(tensor.stored_as):
+            continue  # ggml takes a matrix of one row for a vector
         sources.setdefault(tensor.stored_as, []).append(tensor.source)
         stacked = len(sources[tensor.stored_as]) * math.prod(shape[:-2])
         weights[tensor.stored_as] = Weight(name=tensor.stored_as, columns=shape[-1], matrices=stacked)
