@@ -173,8 +173,13 @@ def test_a_sweep_never_adds_error_and_nearly_always_takes_some(rows: int, width:
 
 def test_rough_products_end_at_an_error_as_small() -> None:
     given = problem(even_frame(64, 640), 640)
-    codes, _ = given.solve()
-    frame, rough = columns.refine(
+    codes, error_O = given.solve()
+    rougher, _ = columns.solve(
+        given.weight, given.factor, given.frame, given.order_I, rough_factor=given.factor.bfloat16()
+    )
+    assert not torch.equal(rougher, codes)
+    assert float(given.error(rougher).sum()) == pytest.approx(float(error_O.sum()), rel=0.01)
+    _, rough = columns.refine(
         given.weight, given.hessian, given.frame, codes, sweeps=2, rough_hessian=given.hessian.bfloat16()
     )
     exact = given.refine(codes)

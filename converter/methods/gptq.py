@@ -167,10 +167,10 @@ def _solve(linears: list[_Linear], factor: Factor, options: Options) -> dict[str
     on_cpu = factor.upper_II.device.type == "cpu"
     pieces = torch.split(weight_OI, PIECE_ROWS if on_cpu else max(1, PIECE_WEIGHTS // weight_OI.shape[1]))
     stacked = columns.stack([linear.framed.frame for linear in linears])
-    rough_II = factor.hessian_II.to(options.products)
+    rough = factor.upper_II.to(options.products), factor.hessian_II.to(options.products)
 
     def solve(piece: tuple[Tensor, columns.AnyFrame]) -> tuple[columns.AnyFrame, Tensor]:
-        return _solve_rows(*piece, factor, rough_II, options.sweeps)
+        return _solve_rows(*piece, factor, *rough, options.sweeps)
 
     workers = Workers(options.threads if on_cpu else 1)
     solved = list(
@@ -186,12 +186,14 @@ def _solve(linears: list[_Linear], factor: Factor, options: Options) -> dict[str
 
 
 def _solve_rows(
-    weight_OI: Tensor, frame: columns.AnyFrame, factor: Factor, rough_II: Tensor, sweeps: int
+    weight_OI: Tensor, frame: columns.AnyFrame, factor: Factor, rough_upper: Tensor, rough_hessian: Tensor, sweeps: int
 ) -> tuple[columns.AnyFrame, Tensor]:
     """The frame, with better scales where it may have others, and the codes; solved where the factor is."""
     there_OI = weight_OI.to(factor.upper_II.device)
-    codes, _ = columns.solve(there_OI, factor.upper_II, frame, factor.order_I)
-    better, codes = columns.refine(there_OI, factor.hessian_II, frame, codes, sweeps=sweeps, rough_hessian=rough_II)
+    codes, _ = columns.solve(there_OI, factor.upper_II, frame, factor.order_I, rough_factor=rough_upper)
+    better, codes = columns.refine(
+        there_OI, factor.hessian_II, frame, codes, sweeps=sweeps, rough_hessian=rough_hessian
+    )
     return columns.on(better, weight_OI.device), codes.to(weight_OI.device)
 
 

@@ -1,9 +1,9 @@
 """Columns: choosing a weight's codes one column after the other against a Hessian, on a frame that stays as it is.
 
 `solve` is GPTQ's loop, which rounds a column and corrects those not yet rounded; `refine` is coordinate descent, which
-goes back to columns that were, and to scales. Blocks of 128 columns are worked on in a kernel, then one matrix product
-corrects all columns beyond the block. The alternative, the same loops in torch, launches some ten operations per
-column: 5 times the time and more on a CPU.
+goes back to columns that were, and to scales. Blocks of 128 columns are worked on in a kernel; in front of each, one
+matrix product corrects its columns for all blocks before it. The alternative, the same loops in torch, launches some
+ten operations per column: 5 times the time and more on a CPU.
 
 # O out, I in, G groups of a row.
 """
@@ -45,6 +45,7 @@ def solve(
     frame: AnyFrame,
     order_I: Tensor,
     *,
+    rough_factor: Tensor | None = None,
     threads: int = 1,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -53,33 +54,35 @@ def solve(
     weight [O, I] f32, finite; order_I the columns in the order to round them, those of a code following each other;
     factor [I, I] f32 is upper triangular with factor^T factor = the inverse of the Hessian in that order. Where a scale
     is 0 the code means the offset. A row's error is (w - w') H (w - w')^T, with w' what its codes mean.
-    Rows do not depend on each other, so results do not depend on `threads`; the product behind a block runs on torch's
-    own threads. A weight on a GPU is solved there, and so are its results; points of lattices and levels of groups are
-    on the CPU all the same.
+    rough_factor: the same in bf16, for the products between blocks, where those are fast: what a column is corrected by
+    is then off by some 2^-9 of itself. Rows do not depend on each other, so results do not depend on `threads`; the
+    product in front of a block runs on torch's own threads. A weight on a GPU is solved there, and so are its results;
+    points of lattices and levels of groups are on the CPU all the same.
     Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1; for several columns as one Tseng et al. 2024, QuIP#,
     arXiv:2402.04396.
     """
     chosen = _chosen(weight, frame, backend)
     if chosen == "triton":
-        return _solve_on_gpu(weight, factor, frame, order_I)
+        return _solve_on_gpu(weight, factor, factor if rough_factor is None else rough_factor, frame, order_I)
     home = weight.device
     left = weight.detach().float().cpu()[:, order_I].contiguous().numpy()  # a copy: it is corrected in place
     error = np.zeros(len(left), np.float64)
     codes_order = order_I[:: frame.together] // frame.together
     ordered = np.zeros((len(left), len(codes_order)), np.int8 if frame.together == 1 else np.int32)
     upper = _floats(factor)
+    rough = torch.from_numpy(upper) if rough_factor is None else rough_factor.cpu()
     match frame, chosen:
         case Frame(), "cpu":
             from quantkernels.columns import cpu  # here: numba is half a second and 110 MB, and plans do without
 
-            cpu.solve(left, upper, _grid(frame, order_I), ordered, error, block=BLOCK, threads=threads)
+            cpu.solve(left, upper, rough, _grid(frame, order_I), ordered, error, block=BLOCK, threads=threads)
         case Frame(), _:
             reference.solve(left, upper, _grid(frame, order_I), ordered, error)
         case PointFrame(), "cpu":
             from quantkernels.columns import cpu_points
 
             grid = _point_grid(frame, order_I)
-            cpu_points.solve(left, upper, grid, ordered, error, block=BLOCK, threads=threads)
+            cpu_points.solve(left, upper, rough, grid, ordered, error, block=BLOCK, threads=threads)
         case PointFrame(), _:
             reference_points.solve(left, upper, _point_grid(frame, order_I), ordered, error)
     codes = torch.from_numpy(np.empty_like(ordered))
@@ -156,13 +159,17 @@ def _chosen(weight: Tensor, frame: AnyFrame, backend: Backend | None) -> Backend
     return "triton" if weight.is_cuda and isinstance(frame, Frame) and frame.levels_OGL is None else "cpu"
 
 
-def _solve_on_gpu(weight: Tensor, factor: Tensor, frame: AnyFrame, order_I: Tensor) -> tuple[Tensor, Tensor]:
+def _solve_on_gpu(
+    weight: Tensor, factor: Tensor, rough_factor: Tensor, frame: AnyFrame, order_I: Tensor
+) -> tuple[Tensor, Tensor]:
     from quantkernels.columns import gpu  # triton, which machines without a GPU can do without
 
     assert isinstance(frame, Frame), "no GPU kernel solves lattices"
     left_OI = weight.detach().float()[:, order_I].contiguous()
     grid = gpu.grid_of(frame, order_I, weight.device)
-    ordered_OI, error_O = gpu.solve(left_OI, factor.to(weight.device), grid, block=BLOCK)
+    ordered_OI, error_O = gpu.solve(
+        left_OI, factor.to(weight.device), rough_factor.to(weight.device), grid, block=BLOCK
+    )
     codes_OI = torch.empty_like(ordered_OI)
     codes_OI[:, order_I] = ordered_OI
     return codes_OI, error_O

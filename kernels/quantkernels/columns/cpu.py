@@ -45,6 +45,7 @@ ZERO, HALF, ONE, INFINITE = np.float32(0), np.float32(0.5), np.float32(1), np.fl
 def solve(
     left_OI: Floats,
     factor_II: Floats,
+    rough_II: torch.Tensor,
     grid: Grid,
     codes_OI: Codes,
     error_O: NDArray[np.float64],
@@ -52,11 +53,15 @@ def solve(
     block: int,
     threads: int,
 ) -> None:
-    """Fills codes_OI and error_O; left_OI, the weights still to be rounded, is corrected in place."""
+    """Fills codes_OI and error_O; left_OI, the weights still to be rounded, is corrected in place.
+
+    rough_II is the factor in the type of the large products.
+    """
     rows, columns = left_OI.shape
-    left, factor = torch.from_numpy(left_OI), torch.from_numpy(factor_II)
+    left, pushes = torch.from_numpy(left_OI), torch.empty(left_OI.shape, dtype=rough_II.dtype)
     for first in range(0, columns, block):
         inside = slice(first, min(first + block, columns))
+        left[:, inside] -= pushes[:, :first] @ rough_II[:first, inside]
         factor_CC = np.ascontiguousarray(factor_II[inside, inside])
         push_OC = np.empty((rows, inside.stop - first), np.float32)
 
@@ -79,7 +84,7 @@ def solve(
             )
 
         over_rows(rows, threads, piece)
-        left[:, inside.stop :].addmm_(torch.from_numpy(push_OC), factor[inside, inside.stop :], alpha=-1)
+        pushes[:, inside] = torch.from_numpy(push_OC)
 
 
 def refine(

@@ -23,6 +23,7 @@ INFINITE = np.float32(np.inf)
 def solve(
     left_OI: Floats,
     factor_II: Floats,
+    rough_II: torch.Tensor,
     grid: Grid,
     codes_OB: NDArray[np.int32],
     error_O: NDArray[np.float64],
@@ -30,12 +31,13 @@ def solve(
     block: int,
     threads: int,
 ) -> None:
-    """Fills codes_OB and error_O; left_OI, the weights still to be rounded, is corrected in place."""
+    """Fills codes_OB and error_O; see cpu.solve."""
     rows, columns = left_OI.shape
-    left, factor = torch.from_numpy(left_OI), torch.from_numpy(factor_II)
+    left, pushes = torch.from_numpy(left_OI), torch.empty(left_OI.shape, dtype=rough_II.dtype)
     metric = metric_of(blocks_of(factor_II))
     for first in range(0, columns, block):
         inside = slice(first, min(first + block, columns))
+        left[:, inside] -= pushes[:, :first] @ rough_II[:first, inside]
         factor_CC = np.ascontiguousarray(factor_II[inside, inside])
         push_OC = np.empty((rows, inside.stop - first), np.float32)
 
@@ -61,7 +63,7 @@ def solve(
             )
 
         over_rows(rows, threads, piece)
-        left[:, inside.stop :].addmm_(torch.from_numpy(push_OC), factor[inside, inside.stop :], alpha=-1)
+        pushes[:, inside] = torch.from_numpy(push_OC)
 
 
 def refine(

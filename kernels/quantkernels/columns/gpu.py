@@ -92,17 +92,22 @@ def grid_of(frame: Frame, order_I: Tensor, device: torch.device) -> Grid:
     )
 
 
-def solve(left_OI: Tensor, factor_II: Tensor, grid: Grid, *, block: int) -> tuple[Tensor, Tensor]:
-    """The codes i8 [O, I] and each row's error f64 [O]; left_OI f32, the weights, is corrected in place."""
+def solve(left_OI: Tensor, factor_II: Tensor, rough_II: Tensor, grid: Grid, *, block: int) -> tuple[Tensor, Tensor]:
+    """The codes i8 [O, I] and each row's error f64 [O]; left_OI f32, the weights, is corrected in place.
+
+    rough_II is the factor in the type of the large products.
+    """
     rows, columns = left_OI.shape
+    pushes_OI = torch.empty_like(left_OI, dtype=rough_II.dtype)
     codes_OI = torch.empty((rows, columns), dtype=torch.int8, device=left_OI.device)
     error_O = torch.zeros(rows, dtype=torch.float64, device=left_OI.device)
     for first in range(0, columns, block):
         inside = slice(first, min(first + block, columns))
+        left_OI[:, inside] -= pushes_OI[:, :first] @ rough_II[:first, inside]
         push_OC = torch.empty((rows, inside.stop - first), device=left_OI.device)
         solving(left_OI, factor_II[inside, inside].contiguous(), grid, codes_OI, push_OC, first).run()
         error_O += push_OC.double().square().sum(1)
-        left_OI[:, inside.stop :].addmm_(push_OC, factor_II[inside, inside.stop :], alpha=-1)
+        pushes_OI[:, inside] = push_OC
     return codes_OI, error_O
 
 
