@@ -210,9 +210,14 @@ def _work(run: Run, ready: Ready, show: Show, check: Callable[[], None]) -> Resu
     rows = write_results(prepared, state, store)
     failures = tuple((graph.tasks[key].title, error) for key, error in state.failed.items())
     result = Result(rows=tuple(rows), failures=failures, tasks_run=len(ready.needed))
-    if depends and not run.only and not prepared.problems and not result.exit_code:
+    if depends and not run.only and not prepared.problems and not result.exit_code and _stands(prepared, store):
         settled.note(store, depends)
     return result
+
+
+def _stands(prepared: Prepared, store: Store) -> bool:
+    """Whether every artifact is what was put there: what was damaged since is not noted as it is now."""
+    return all(_whole(task, store) for task in prepared.plan.graph.tasks.values() if task.kind == "finish")
 
 
 def _depends(run: Run, prepared: Prepared) -> dict[str, Any]:

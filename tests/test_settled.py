@@ -10,15 +10,19 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import jobs.convert
 from converter import manifest as manifests
 from converter.cli import NOTHING_TO_DO
 from jobs import settled
+from jobs.convert import Run, convert
 from jobs.store import Store
 from patience import PATIENCE_SECONDS
 from small_run import ROOT, TARGETS, write_manifest, write_model
+from test_layer_report import Quiet
 from test_status import LOOK
 
 
@@ -119,3 +123,26 @@ def test_a_second_run_says_that_there_is_nothing_to_do_and_imports_nothing_that_
     newer = convert("--json")
     assert NOTHING_TO_DO not in newer.stdout and '"task": "quantize-' in newer.stdout
     assert "torch" in newer.stderr.partition("slow:")[2]
+
+
+def test_damage_at_the_very_end_of_a_run_is_not_noted_as_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "model", layers=1)
+    path = write_manifest(tmp_path, {"int8": TARGETS["int8"]})
+    run = Run(manifest=manifests.load(path), out=tmp_path / "out", executor="inprocess")
+    artifact = run.store.run / "model" / "int8" / "config.json"
+    write = jobs.convert.write_results
+
+    def damaging(*given: Any) -> Any:
+        rows = write(*given)
+        os.truncate(artifact, 3)
+        return rows
+
+    monkeypatch.setattr(jobs.convert, "write_results", damaging)
+    convert(run, Quiet())
+    assert len(artifact.read_bytes()) == 3 and not unchanged(run.store, path)
+    monkeypatch.undo()
+    convert(run, Quiet())
+    assert json.loads(artifact.read_bytes())["model_type"] == "qwen3"
+    assert unchanged(run.store, path)
