@@ -36,8 +36,8 @@ from quantkernels import columns
 PIECE_WEIGHTS = (
     1 << 24
 )  # rows are solved this many weights at a time on a GPU; each of some six temporaries takes 64 MB
-PIECE_ROWS = 256  # and on a CPU so many, by a thread each; enough for products to be as fast as they get
-LEAF = 128  # columns of a block of a triangular inverse
+PIECE_ROWS = 512  # and on a CPU so many, by a thread each; enough for products to be as fast as they get
+LEAF, PANEL = 128, 256  # columns of a block of a triangular inverse, and of a Cholesky factorisation
 LEAST_RAISED = 0.01  # where raising the damping starts when none was asked for
 PROBES = 8  # vectors that a factorisation in f32 is tried on
 PROBE_ERROR = 1e-3  # the share by which H^-1 H x may miss x there; more sends it to f64
@@ -82,10 +82,11 @@ def gptq(block: Block, grids: Mapping[str, Grid], options: Options) -> Rounded:
     """
     coded: dict[str, Coded] = {}
     notes: dict[str, str] = {}
+    workers = Workers(options.threads if torch.device(options.device).type == "cpu" else 1)
     for tap in block.taps:
         stats = block.stats.get(tap.name)
         if stats is not None and stats.gram is not None:
-            solved = _solve_tap(block, tap, stats, grids, options)
+            solved = _solve_tap(block, tap, stats, grids, options, workers)
             coded.update(solved.coded)
             notes.update(solved.notes)
     rest = {name: weight for name, weight in block.tensors.items() if name not in coded}
@@ -98,11 +99,13 @@ def gptq(block: Block, grids: Mapping[str, Grid], options: Options) -> Rounded:
     return Rounded(coded={name: coded[name] for name in block.tensors}, notes=notes)
 
 
-def _solve_tap(block: Block, tap: Tap, stats: TapStats, grids: Mapping[str, Grid], options: Options) -> Rounded:
+def _solve_tap(
+    block: Block, tap: Tap, stats: TapStats, grids: Mapping[str, Grid], options: Options, workers: Workers
+) -> Rounded:
     """The linears of one tap, those that have grids with codes; stats has a Gram matrix."""
     assert stats.gram is not None
     gram_II = stats.gram.to(options.device)
-    factor_of = cache(partial(factorize, gram_II, options.damping, f"{block.where} {tap.name}"))
+    factor_of = cache(partial(factorize, gram_II, options.damping, f"{block.where} {tap.name}", workers=workers))
     names = [name for linear in tap.linears if (name := f"{linear}.weight") in grids]
     weights = {name: block.tensors[name] for name in names if is_quantized(block.tensors[name], grids[name])}
     told = ""
@@ -119,7 +122,7 @@ def _solve_tap(block: Block, tap: Tap, stats: TapStats, grids: Mapping[str, Grid
             if linear.framed.frame.together == together:
                 alike.setdefault(linear.framed.frame.kind, []).append(linear)
         for some in alike.values():
-            coded.update(_solve(some, factor, options))
+            coded.update(_solve(some, factor, options, workers))
             said = "; ".join(note for note in (factor.note, told) if note)
             notes.update({linear.name: said for linear in some if said})
     return Rounded(coded=coded, notes=notes)
@@ -161,7 +164,7 @@ def _linears(block: Block, weights: Mapping[str, Tensor], grids: Mapping[str, Gr
     return found
 
 
-def _solve(linears: list[_Linear], factor: Factor, options: Options) -> dict[str, Coded]:
+def _solve(linears: list[_Linear], factor: Factor, options: Options, workers: Workers) -> dict[str, Coded]:
     """The linears, which read one tap and have frames of one kind, solved as one matrix, some rows at a time."""
     weight_OI = torch.cat([linear.weight_OI for linear in linears])
     on_cpu = factor.upper_II.device.type == "cpu"
@@ -172,7 +175,6 @@ def _solve(linears: list[_Linear], factor: Factor, options: Options) -> dict[str
     def solve(piece: tuple[Tensor, columns.AnyFrame]) -> tuple[columns.AnyFrame, Tensor]:
         return _solve_rows(*piece, factor, *rough, options.sweeps)
 
-    workers = Workers(options.threads if on_cpu else 1)
     solved = list(
         workers.map(solve, zip(pieces, columns.split(stacked, [len(piece) for piece in pieces]), strict=True))
     )
@@ -197,7 +199,7 @@ def _solve_rows(
     return columns.on(better, weight_OI.device), codes.to(weight_OI.device)
 
 
-def factorize(gram_II: Tensor, damping: float, where: str, together: int = 1) -> Factor:
+def factorize(gram_II: Tensor, damping: float, where: str, together: int = 1, workers: Workers | None = None) -> Factor:
     """The factor of the Hessian gram_II [I, I] f32, damped by a share of its mean diagonal, in activation order.
 
     Columns that share a code, `together` of them, stay together and are ordered by the sum of their powers.
@@ -206,8 +208,10 @@ def factorize(gram_II: Tensor, damping: float, where: str, together: int = 1) ->
     f32 where that holds up on trial vectors, which is half of the time and memory; f64 where it does not, because f32
     fails on matrices that are definite, only badly conditioned. The inverse's upper factor comes from one factorisation
     of the reversed matrix and a triangular inverse: with H = R R^T, R upper, it is R^-1.
+    workers: over which its blocks of columns are spread.
     Raises NumericsError, naming `where`, when gram_II is not finite.
     """
+    workers = workers or Workers()
     # Minimum and maximum carry what is not finite along, and cost a twentieth of looking at every value.
     if not bool(torch.stack(torch.aminmax(gram_II)).isfinite().all()):
         broken = int((~torch.isfinite(gram_II)).any(0).sum())
@@ -223,12 +227,12 @@ def factorize(gram_II: Tensor, damping: float, where: str, together: int = 1) ->
     order_B = diagonal_I.reshape(-1, together).sum(1).argsort(descending=True, stable=True)
     order_I = (order_B[:, None] * together + torch.arange(together)).flatten()
     hessian_II = _damped(gram_II, mean, damping)
-    upper_II = _inverse_factor(_damped(gram_II, mean, damping, order_I.flip(0)))
+    upper_II = _inverse_factor(_damped(gram_II, mean, damping, order_I.flip(0)), workers)
     if upper_II is not None and _holds(upper_II, hessian_II, order_I):
         return Factor(order_I=order_I, upper_II=upper_II, hessian_II=hessian_II, unit=mean)
     del upper_II, hessian_II
     for share in _dampings(damping):
-        upper_II = _inverse_factor(_damped(gram_II, mean, share, order_I.flip(0), torch.float64))
+        upper_II = _inverse_factor(_damped(gram_II, mean, share, order_I.flip(0), torch.float64), workers)
         if upper_II is not None:
             raised = f"the Hessian is not positive definite: damping raised to {share:g}" if share > damping else ""
             hessian_II = _damped(gram_II, mean, share)
@@ -254,15 +258,41 @@ def _damped(
     return hessian_II
 
 
-def _inverse_factor(backwards_II: Tensor) -> Tensor | None:
-    """The upper factor f32 of the inverse of a matrix given with its columns reversed; None when it is not definite."""
-    lower_II, failed = torch.linalg.cholesky_ex(backwards_II)
-    del backwards_II  # the peak lies inside _upper_inverse
-    if int(failed):
-        return None
-    upper_II = lower_II.flip(0, 1)
-    del lower_II
-    return _upper_inverse(upper_II).float().contiguous()
+def _inverse_factor(backwards_II: Tensor, workers: Workers) -> Tensor | None:
+    """The upper factor f32 of the inverse of a matrix given with its columns reversed; None when it is not definite.
+
+    The matrix is overwritten.
+    """
+    lower_II = _cholesky(backwards_II, workers)
+    return None if lower_II is None else _upper_inverse(lower_II.flip(0, 1), workers).float()
+
+
+def _cholesky(matrix_II: Tensor, workers: Workers) -> Tensor | None:
+    """The lower factor of a matrix, in its place, block by block; None when it is not definite.
+
+    LAPACK's own is as fast on one thread, and rounds differently on several.
+    """
+    if matrix_II.is_cuda:
+        lower_II, failed = torch.linalg.cholesky_ex(matrix_II)
+        return None if int(failed) else lower_II
+    size = len(matrix_II)
+    for first in range(0, size, PANEL):
+        own, below = slice(first, min(first + PANEL, size)), slice(first + PANEL, size)
+        lower_CC, failed = torch.linalg.cholesky_ex(matrix_II[own, own])
+        if int(failed):
+            return None
+        matrix_II[own, own] = lower_CC
+        if below.start < size:
+            panel_IC = torch.linalg.solve_triangular(lower_CC.T, matrix_II[below, own], upper=True, left=False)
+            matrix_II[below, own] = panel_IC
+
+            def subtract(left: int, panel_IC: Tensor = panel_IC, start: int = below.start) -> None:
+                there_IC = panel_IC[left - start :]
+                matrix_II[left:, left : left + PANEL].addmm_(there_IC, there_IC[:PANEL].T, alpha=-1)
+
+            for _ in workers.map(subtract, range(below.start, size, PANEL)):
+                pass
+    return matrix_II.tril_()
 
 
 def _holds(upper_II: Tensor, hessian_II: Tensor, order_I: Tensor) -> bool:
@@ -273,16 +303,22 @@ def _holds(upper_II: Tensor, hessian_II: Tensor, order_I: Tensor) -> bool:
     return bool((back_PI - probe_PI[:, order_I]).square().mean().sqrt() < PROBE_ERROR)
 
 
-def _upper_inverse(upper_II: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, block by block from below: no product with what is known to be 0."""
+def _upper_inverse(upper_II: Tensor, workers: Workers) -> Tensor:
+    """The inverse of an upper triangular matrix, in blocks: no product with what is known to be 0."""
     inverse_II = torch.zeros(upper_II.shape, dtype=upper_II.dtype, device=upper_II.device)
-    for top in reversed(range(0, len(upper_II), LEAF)):
-        own = slice(top, min(top + LEAF, len(upper_II)))
-        one = torch.eye(own.stop - top, dtype=upper_II.dtype, device=upper_II.device)
+    blocks = [slice(first, min(first + LEAF, len(upper_II))) for first in range(0, len(upper_II), LEAF)]
+    for own in blocks:
+        one = torch.eye(own.stop - own.start, dtype=upper_II.dtype, device=upper_II.device)
         inverse_II[own, own] = torch.linalg.solve_triangular(upper_II[own, own], one, upper=True)
-        for left in range(own.stop, len(upper_II), LEAF):
-            behind, there = slice(own.stop, left + LEAF), slice(left, left + LEAF)
+
+    def fill(number: int) -> None:
+        there = blocks[number]
+        for own in reversed(blocks[:number]):
+            behind = slice(own.stop, there.stop)
             inverse_II[own, there] = -inverse_II[own, own] @ (upper_II[own, behind] @ inverse_II[behind, there])
+
+    for _ in workers.map(fill, reversed(range(len(blocks)))):
+        pass
     return inverse_II
 
 

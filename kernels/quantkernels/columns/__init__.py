@@ -65,7 +65,7 @@ def solve(
     if chosen == "triton":
         return _solve_on_gpu(weight, factor, factor if rough_factor is None else rough_factor, frame, order_I)
     home = weight.device
-    left = weight.detach().float().cpu()[:, order_I].contiguous().numpy()  # a copy: it is corrected in place
+    left = weight.detach().float().cpu().index_select(1, order_I).numpy()  # a copy: it is corrected in place
     error = np.zeros(len(left), np.float64)
     codes_order = order_I[:: frame.together] // frame.together
     ordered = np.zeros((len(left), len(codes_order)), np.int8 if frame.together == 1 else np.int32)
@@ -85,8 +85,7 @@ def solve(
             cpu_points.solve(left, upper, rough, grid, ordered, error, block=BLOCK, threads=threads)
         case PointFrame(), _:
             reference_points.solve(left, upper, _point_grid(frame, order_I), ordered, error)
-    codes = torch.from_numpy(np.empty_like(ordered))
-    codes[:, codes_order] = torch.from_numpy(ordered)
+    codes = torch.from_numpy(ordered).index_select(1, codes_order.argsort())
     return codes.to(home), torch.from_numpy(error).to(home)
 
 

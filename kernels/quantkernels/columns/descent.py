@@ -22,7 +22,7 @@ from torch import Tensor
 from quantkernels.columns.frame import AnyFrame, Frame, on
 from quantkernels.columns.rescale import rescale
 
-SPAN = 256  # columns, or a group where that is wider, whose slopes are kept up to date at a time
+SPAN = 128  # columns, or a group where that is wider, whose slopes are kept up to date at a time
 
 # Moves the codes of a block of columns, given its first column and its slopes [O, C], which may become anything.
 Move = Callable[[int, Tensor], None]
