@@ -75,13 +75,14 @@ def _best(
     A change of the scale by a and of the offset by b changes the error by 2 (a p + b q) + a^2 A + 2 a b B + b^2 C.
     """
     bent_ON = steps_ON @ hessian_NN
-    p_O1, q_O1 = (steps_ON * slope_ON).sum(1, keepdim=True), slope_ON.sum(1, keepdim=True)
-    aa_O1, ab_O1 = (bent_ON * steps_ON).sum(1, keepdim=True), bent_ON.sum(1, keepdim=True)
-    bb = hessian_NN.sum()
+    p_O1 = (steps_ON * slope_ON).sum(1, keepdim=True)
+    aa_O1 = (bent_ON * steps_ON).sum(1, keepdim=True)
     alone_O1 = -p_O1 / aa_O1.clamp(min=torch.finfo(torch.float32).tiny)
     if offsets is None:
+        q_O1 = ab_O1 = bb = torch.zeros((), device=p_O1.device)
         pairs = [(scales.nearest(scale_O1 + alone_O1, step), offset_O1) for step in _around(scales)]
     else:
+        q_O1, ab_O1, bb = slope_ON.sum(1, keepdim=True), bent_ON.sum(1, keepdim=True), hessian_NN.sum()
         determinant_O1 = aa_O1 * bb - ab_O1.square()
         sound_O1 = determinant_O1 > LEAST * aa_O1 * bb
         safe_O1 = torch.where(sound_O1, determinant_O1, 1)
