@@ -18,7 +18,7 @@ from torch import Tensor
 
 from patience import PATIENCE_SECONDS
 from quantkernels import columns
-from quantkernels.columns import Frame
+from quantkernels.columns import Frame, Root
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Case:
 
     weight: Tensor
     hessian: Tensor
-    factor: Tensor
+    root: Root
     order_I: Tensor
     frame: Frame
     sweeps: int = 2
@@ -35,20 +35,19 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Codes after solving and after the sweeps, and each row's error after solving."""
+    """Codes after solving and after the sweeps."""
 
     codes: Tensor
-    error: Tensor
     refined: Tensor
 
 
 def outcome(case: Case, device: str) -> Outcome:
     """The result of one case on `device`."""
     weight, order_I = case.weight.to(device), case.order_I
-    codes, error = columns.solve(weight, case.factor, case.frame, order_I, backend="triton")
+    codes = columns.solve(weight, case.root, case.frame, order_I, backend="triton")
     _, refined = columns.refine(weight, case.hessian, case.frame, codes, sweeps=case.sweeps, backend="triton")
     assert codes.device.type == refined.device.type == device
-    return Outcome(codes=codes.cpu(), error=error.cpu(), refined=refined.cpu())
+    return Outcome(codes=codes.cpu(), refined=refined.cpu())
 
 
 def outcomes(cases: list[Case]) -> list[Outcome]:

@@ -155,7 +155,7 @@ def test_every_kernel_is_called_with_one_signature() -> None:
         for given in (weight, weight.T.contiguous().T):  # the same values, row after row or column after column
             for frame in all_frames(rows, width):
                 order = torch.arange(width).flip(0) if frame.together == 1 else torch.arange(width)
-                codes, _ = columns.solve(given, torch.eye(width), frame, order, threads=2)
+                codes = columns.solve(given, columns.root_of(torch.eye(width)), frame, order, threads=2)
                 columns.refine(given, torch.eye(width).T, frame, codes, sweeps=2, threads=2)
     for rows, width in ((1, 1), (40, 304), (3, 96)):
         for given in (torch.randn(rows, width), torch.randn(width, rows).T):

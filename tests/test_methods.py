@@ -27,6 +27,7 @@ from converter.residual import Residual
 from converter.schemes import ROUNDERS as ROUNDER_NAMES
 from converter.schemes import TRANSFORMS as TRANSFORM_NAMES
 from converter.stats import observe
+from converter.workers import Workers
 
 WIDTH = 64
 TAPS = (
@@ -208,7 +209,7 @@ def test_a_hopeless_hessian_leaves_rounding_to_nearest_with_importance() -> None
 
 
 @pytest.mark.parametrize("damping", [0.01, 0.5])
-def test_the_factor_is_that_of_the_damped_inverse_in_activation_order(damping: float) -> None:
+def test_the_root_is_that_of_the_damped_hessian_in_activation_order(damping: float) -> None:
     gram = observe(hidden(), True).gram
     assert gram is not None
     factor = factorize(gram, damping, "here")
@@ -216,24 +217,34 @@ def test_the_factor_is_that_of_the_damped_inverse_in_activation_order(damping: f
     assert bool((power[:-1] >= power[1:]).all())
     ordered = gram.double()[factor.order_I][:, factor.order_I] / gram.diagonal().double().mean()
     damped = ordered + damping * torch.eye(WIDTH)
-    upper = factor.upper_II.double()
-    assert torch.equal(upper, upper.triu())
-    # The factor is rounded to f32, 2**-24, and a condition of about 3000 multiplies that.
-    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(WIDTH).double(), rtol=0, atol=3e-3)
+    shares = factor.root.shares_II.double()
+    assert torch.equal(shares, shares.triu()) and bool((shares.diagonal() == 1).all())
+    upper = shares * factor.root.pivots_I.double()
+    # Every entry is a sum in f32 of up to WIDTH products, each no larger than the diagonal's root allows.
+    size = torch.outer(damped.diagonal(), damped.diagonal()).sqrt()
+    assert float(((upper @ upper.T - damped) / size).abs().max()) < WIDTH * 2**-24
 
 
 @pytest.mark.parametrize("damping", [1e-2, 1e-4, 1e-5])
-def test_the_factor_is_good_whatever_the_condition(damping: float) -> None:
-    """Ten rows for 64 columns leave a condition of up to 64 / damping; f32 alone would be off by 6 % at 1e-5."""
+def test_the_root_is_good_whatever_the_condition(damping: float) -> None:
+    """Ten rows for 64 columns leave a condition of up to 64 / damping."""
     gram = observe(hidden(10), True).gram
     assert gram is not None
     factor = factorize(gram, damping, "here")
     ordered = gram.double()[factor.order_I][:, factor.order_I] / gram.diagonal().double().mean()
     damped = ordered + damping * torch.eye(WIDTH)
-    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
-    # Rows of the factor differ in size by the root of the condition; each is good to a few thousandths of its own.
-    apart = (factor.upper_II.double() - expected).norm(dim=1) / expected.norm(dim=1)
-    assert float(apart.max()) < 5e-3 and factor.note == ""
+    expected = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    apart = (factor.root.pivots_I.double() / expected.diagonal() - 1).abs()
+    assert float(apart.max()) < 1e-3 and factor.note == ""
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 700])
+def test_the_root_has_the_same_bits_on_any_number_of_threads(size: int) -> None:
+    rows = torch.randn(900, size, generator=torch.Generator().manual_seed(size))
+    one, three = (factorize(rows.T @ rows, 0.01, "here", workers=Workers(count)).root for count in (1, 3))
+    assert torch.equal(one.shares_II, three.shares_II) and torch.equal(one.pivots_I, three.pivots_I)
+    upper = one.shares_II.double() * one.pivots_I.double()
+    assert float((upper @ upper.T).diagonal().mean()) == pytest.approx(1.01, rel=1e-4)
 
 
 def test_columns_of_a_code_stay_together_in_the_order_of_their_power() -> None:

@@ -37,24 +37,26 @@ PIECE_WEIGHTS = (
     1 << 24
 )  # rows are solved this many weights at a time on a GPU; each of some six temporaries takes 64 MB
 PIECE_ROWS = 512  # and on a CPU so many, by a thread each; enough for products to be as fast as they get
-LEAF, PANEL = 128, 256  # columns of a block of a triangular inverse, and of a Cholesky factorisation
+PANEL = 256  # columns of a block of a Cholesky factorisation
 LEAST_RAISED = 0.01  # where raising the damping starts when none was asked for
-PROBES = 8  # vectors that a factorisation in f32 is tried on
-PROBE_ERROR = 1e-3  # the share by which H^-1 H x may miss x there; more sends it to f64
+# Where what the other columns leave of a column's power is less than this share of it, f32 has cancelled too much: f64.
+LEAST_LEFT = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Factor:
-    """A Hessian made ready: upper_II^T upper_II is the inverse of the damped Hessian with its columns in order_I.
+    """A Hessian made ready: root is that of the damped Hessian with its columns in order_I.
 
     hessian_II is the damped Hessian itself, columns in their own order, in units of the Gram matrix's mean diagonal,
-    `unit`, which is None where only the diagonal was kept. Both matrices are where the Gram matrix was, order_I is on
-    the CPU. note tells what was not as asked; it is empty when all was.
+    `unit`, which is None where only the diagonal was kept. rough_hessian_II is the same in the type of large products.
+    All are where the Gram matrix was, but for order_I on the CPU. note tells what was not as asked; it is empty when
+    all was.
     """
 
     order_I: Tensor
-    upper_II: Tensor
+    root: columns.Root
     hessian_II: Tensor
+    rough_hessian_II: Tensor
     unit: float | None = None
     note: str = ""
 
@@ -105,7 +107,8 @@ def _solve_tap(
     """The linears of one tap, those that have grids with codes; stats has a Gram matrix."""
     assert stats.gram is not None
     gram_II = stats.gram.to(options.device)
-    factor_of = cache(partial(factorize, gram_II, options.damping, f"{block.where} {tap.name}", workers=workers))
+    where = f"{block.where} {tap.name}"
+    factor_of = cache(partial(factorize, gram_II, options.damping, where, products=options.products, workers=workers))
     names = [name for linear in tap.linears if (name := f"{linear}.weight") in grids]
     weights = {name: block.tensors[name] for name in names if is_quantized(block.tensors[name], grids[name])}
     told = ""
@@ -146,10 +149,14 @@ def aimed(weight_OI: Tensor, drift_II: Tensor, factor: Factor) -> Tensor:
     inputs say little. Without drift V is W, bit for bit.
     """
     assert factor.unit is not None
-    order_I, upper_II = factor.order_I, factor.upper_II
-    away_OI = (weight_OI.to(upper_II.device) @ drift_II.to(upper_II.device)).div_(factor.unit)[:, order_I]
+    shares_II, pivots_I = factor.root.shares_II, factor.root.pivots_I
+    away_OI = (weight_OI.to(shares_II.device) @ drift_II.to(shares_II.device)).div_(factor.unit)[:, factor.order_I]
+    # H = N D^2 N^T, with the shares N and the pivots D
+    away_OI = torch.linalg.solve_triangular(shares_II.T, away_OI, upper=False, left=False, unitriangular=True)
+    away_OI.div_(pivots_I.square())
+    away_OI = torch.linalg.solve_triangular(shares_II, away_OI, upper=True, left=False, unitriangular=True)
     aimed_OI = weight_OI.clone()
-    aimed_OI[:, order_I] += ((away_OI @ upper_II.T) @ upper_II).to(weight_OI.device)
+    aimed_OI[:, factor.order_I] += away_OI.to(weight_OI.device)
     return aimed_OI
 
 
@@ -167,13 +174,12 @@ def _linears(block: Block, weights: Mapping[str, Tensor], grids: Mapping[str, Gr
 def _solve(linears: list[_Linear], factor: Factor, options: Options, workers: Workers) -> dict[str, Coded]:
     """The linears, which read one tap and have frames of one kind, solved as one matrix, some rows at a time."""
     weight_OI = torch.cat([linear.weight_OI for linear in linears])
-    on_cpu = factor.upper_II.device.type == "cpu"
+    on_cpu = factor.hessian_II.device.type == "cpu"
     pieces = torch.split(weight_OI, PIECE_ROWS if on_cpu else max(1, PIECE_WEIGHTS // weight_OI.shape[1]))
     stacked = columns.stack([linear.framed.frame for linear in linears])
-    rough = factor.upper_II.to(options.products), factor.hessian_II.to(options.products)
 
     def solve(piece: tuple[Tensor, columns.AnyFrame]) -> tuple[columns.AnyFrame, Tensor]:
-        return _solve_rows(*piece, factor, *rough, options.sweeps)
+        return _solve_rows(*piece, factor, options.sweeps)
 
     solved = list(
         workers.map(solve, zip(pieces, columns.split(stacked, [len(piece) for piece in pieces]), strict=True))
@@ -188,27 +194,31 @@ def _solve(linears: list[_Linear], factor: Factor, options: Options, workers: Wo
 
 
 def _solve_rows(
-    weight_OI: Tensor, frame: columns.AnyFrame, factor: Factor, rough_upper: Tensor, rough_hessian: Tensor, sweeps: int
+    weight_OI: Tensor, frame: columns.AnyFrame, factor: Factor, sweeps: int
 ) -> tuple[columns.AnyFrame, Tensor]:
     """The frame, with better scales where it may have others, and the codes; solved where the factor is."""
-    there_OI = weight_OI.to(factor.upper_II.device)
-    codes, _ = columns.solve(there_OI, factor.upper_II, frame, factor.order_I, rough_factor=rough_upper)
-    better, codes = columns.refine(
-        there_OI, factor.hessian_II, frame, codes, sweeps=sweeps, rough_hessian=rough_hessian
-    )
+    there_OI, rough_II = weight_OI.to(factor.hessian_II.device), factor.rough_hessian_II
+    codes = columns.solve(there_OI, factor.root, frame, factor.order_I)
+    better, codes = columns.refine(there_OI, factor.hessian_II, frame, codes, sweeps=sweeps, rough_hessian=rough_II)
     return columns.on(better, weight_OI.device), codes.to(weight_OI.device)
 
 
-def factorize(gram_II: Tensor, damping: float, where: str, together: int = 1, workers: Workers | None = None) -> Factor:
+def factorize(
+    gram_II: Tensor,
+    damping: float,
+    where: str,
+    together: int = 1,
+    products: torch.dtype = torch.float32,
+    workers: Workers | None = None,
+) -> Factor:
     """The factor of the Hessian gram_II [I, I] f32, damped by a share of its mean diagonal, in activation order.
 
     Columns that share a code, `together` of them, stay together and are ordered by the sum of their powers.
     An input never seen has no row to push errors along and is rounded to nearest. When the matrix is not positive
     definite, damping is raised tenfold up to 1; when that does not help either, only the diagonal is kept.
-    f32 where that holds up on trial vectors, which is half of the time and memory; f64 where it does not, because f32
-    fails on matrices that are definite, only badly conditioned. The inverse's upper factor comes from one factorisation
-    of the reversed matrix and a triangular inverse: with H = R R^T, R upper, it is R^-1.
-    workers: over which its blocks of columns are spread.
+    f32 where that leaves enough of every column, which is half of the time and memory; f64 where it does not. The upper
+    root comes from the factorisation of the reversed matrix. products: the type of large products. workers: over which
+    blocks of columns are spread.
     Raises NumericsError, naming `where`, when gram_II is not finite.
     """
     workers = workers or Workers()
@@ -219,28 +229,47 @@ def factorize(gram_II: Tensor, damping: float, where: str, together: int = 1, wo
         raise NumericsError(where, what, "Check the calibration text and the model's weights, or use method rtn")
     diagonal_I = gram_II.diagonal().double().cpu()
     seen_I = diagonal_I > 0
+    made = partial(_factor, products=products)
     if not bool(seen_I.any()):
         note = "the calibration rows never reached it: rounded to nearest"
         one_II = torch.eye(len(gram_II), device=gram_II.device)
-        return Factor(order_I=torch.arange(len(gram_II)), upper_II=one_II, hessian_II=one_II, note=note)
+        return made(torch.arange(len(gram_II)), one_II, one_II, note=note)
     mean = float(diagonal_I[seen_I].mean())
     order_B = diagonal_I.reshape(-1, together).sum(1).argsort(descending=True, stable=True)
     order_I = (order_B[:, None] * together + torch.arange(together)).flatten()
     hessian_II = _damped(gram_II, mean, damping)
-    upper_II = _inverse_factor(_damped(gram_II, mean, damping, order_I.flip(0)), workers)
-    if upper_II is not None and _holds(upper_II, hessian_II, order_I):
-        return Factor(order_I=order_I, upper_II=upper_II, hessian_II=hessian_II, unit=mean)
+    upper_II = _upper_root(_damped(gram_II, mean, damping, order_I.flip(0)), workers)
+    if upper_II is not None:
+        left_I = upper_II.diagonal().square() / hessian_II.diagonal()[order_I]
+        if float(left_I.min()) > LEAST_LEFT:
+            return made(order_I, upper_II, hessian_II, unit=mean)
     del upper_II, hessian_II
     for share in _dampings(damping):
-        upper_II = _inverse_factor(_damped(gram_II, mean, share, order_I.flip(0), torch.float64), workers)
+        upper_II = _upper_root(_damped(gram_II, mean, share, order_I.flip(0), torch.float64), workers)
         if upper_II is not None:
             raised = f"the Hessian is not positive definite: damping raised to {share:g}" if share > damping else ""
-            hessian_II = _damped(gram_II, mean, share)
-            return Factor(order_I=order_I, upper_II=upper_II, hessian_II=hessian_II, unit=mean, note=raised)
+            return made(order_I, upper_II, _damped(gram_II, mean, share), unit=mean, note=raised)
     powers_I = _damped(gram_II, mean, share).diagonal().clamp(min=1)
     note = f"the Hessian is not positive definite at damping {share:g}: rounded to nearest with importance"
-    upper_II = powers_I[order_I].rsqrt().diag()
-    return Factor(order_I=order_I, upper_II=upper_II, hessian_II=powers_I.diag(), note=note)
+    return made(order_I, powers_I[order_I].sqrt().diag(), powers_I.diag(), note=note)
+
+
+def _factor(
+    order_I: Tensor,
+    upper_II: Tensor,
+    hessian_II: Tensor,
+    products: torch.dtype,
+    unit: float | None = None,
+    note: str = "",
+) -> Factor:
+    return Factor(
+        order_I=order_I,
+        root=columns.root_of(upper_II, products),
+        hessian_II=hessian_II,
+        rough_hessian_II=hessian_II.to(products),
+        unit=unit,
+        note=note,
+    )
 
 
 def _damped(
@@ -258,13 +287,10 @@ def _damped(
     return hessian_II
 
 
-def _inverse_factor(backwards_II: Tensor, workers: Workers) -> Tensor | None:
-    """The upper factor f32 of the inverse of a matrix given with its columns reversed; None when it is not definite.
-
-    The matrix is overwritten.
-    """
+def _upper_root(backwards_II: Tensor, workers: Workers) -> Tensor | None:
+    """The upper root of a matrix given with its columns reversed, and overwritten; None when it is not definite."""
     lower_II = _cholesky(backwards_II, workers)
-    return None if lower_II is None else _upper_inverse(lower_II.flip(0, 1), workers).float()
+    return None if lower_II is None else lower_II.flip(0, 1)
 
 
 def _cholesky(matrix_II: Tensor, workers: Workers) -> Tensor | None:
@@ -293,33 +319,6 @@ def _cholesky(matrix_II: Tensor, workers: Workers) -> Tensor | None:
             for _ in workers.map(subtract, range(below.start, size, PANEL)):
                 pass
     return matrix_II.tril_()
-
-
-def _holds(upper_II: Tensor, hessian_II: Tensor, order_I: Tensor) -> bool:
-    """Whether upper_II^T upper_II undoes hessian_II, as far as a few vectors of random signs can tell."""
-    random = torch.Generator().manual_seed(len(upper_II))
-    probe_PI = torch.randint(0, 2, (PROBES, len(upper_II)), generator=random).float().to(upper_II.device) * 2 - 1
-    back_PI = torch.nn.functional.linear((probe_PI @ hessian_II)[:, order_I], upper_II) @ upper_II
-    return bool((back_PI - probe_PI[:, order_I]).square().mean().sqrt() < PROBE_ERROR)
-
-
-def _upper_inverse(upper_II: Tensor, workers: Workers) -> Tensor:
-    """The inverse of an upper triangular matrix, in blocks: no product with what is known to be 0."""
-    inverse_II = torch.zeros(upper_II.shape, dtype=upper_II.dtype, device=upper_II.device)
-    blocks = [slice(first, min(first + LEAF, len(upper_II))) for first in range(0, len(upper_II), LEAF)]
-    for own in blocks:
-        one = torch.eye(own.stop - own.start, dtype=upper_II.dtype, device=upper_II.device)
-        inverse_II[own, own] = torch.linalg.solve_triangular(upper_II[own, own], one, upper=True)
-
-    def fill(number: int) -> None:
-        there = blocks[number]
-        for own in reversed(blocks[:number]):
-            behind = slice(own.stop, there.stop)
-            inverse_II[own, there] = -inverse_II[own, own] @ (upper_II[own, behind] @ inverse_II[behind, there])
-
-    for _ in workers.map(fill, reversed(range(len(blocks)))):
-        pass
-    return inverse_II
 
 
 def _dampings(first: float) -> Iterator[float]:

@@ -10,6 +10,7 @@ ten operations per column: 5 times the time and more on a CPU.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -20,15 +21,18 @@ from torch import Tensor
 from quantkernels.columns import points, reference, reference_points
 from quantkernels.columns.descent import Descent, Move, begin, sweep
 from quantkernels.columns.frame import AnyFrame, Frame, Ladder, PointFrame, join_code, on, split, split_code, stack
+from quantkernels.columns.root import Root, root_of
 
 __all__ = [
     "AnyFrame",
     "Frame",
     "Ladder",
     "PointFrame",
+    "Root",
     "join_code",
     "on",
     "refine",
+    "root_of",
     "solve",
     "split",
     "split_code",
@@ -41,52 +45,50 @@ BLOCK = 128  # columns per kernel call: a tile of 128 x 32 weights stays in the 
 
 def solve(
     weight: Tensor,
-    factor: Tensor,
+    root: Root,
     frame: AnyFrame,
     order_I: Tensor,
     *,
-    rough_factor: Tensor | None = None,
     threads: int = 1,
     backend: Backend | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The codes of the frame, i8 [O, I] or i32 [O, I / 8], and each row's error [O] f64.
+) -> Tensor:
+    """The codes of the frame, i8 [O, I] or i32 [O, I / 8].
 
     weight [O, I] f32, finite; order_I the columns in the order to round them, those of a code following each other;
-    factor [I, I] f32 is upper triangular with factor^T factor = the inverse of the Hessian in that order. Where a scale
-    is 0 the code means the offset. A row's error is (w - w') H (w - w')^T, with w' what its codes mean.
-    rough_factor: the same in bf16, for the products between blocks, where those are fast: what a column is corrected by
-    is then off by some 2^-9 of itself. Rows do not depend on each other, so results do not depend on `threads`; the
-    product in front of a block runs on torch's own threads. A weight on a GPU is solved there, and so are its results;
-    points of lattices and levels of groups are on the CPU all the same.
-    Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1; for several columns as one Tseng et al. 2024, QuIP#,
-    arXiv:2402.04396.
+    root that of the Hessian in that order. Where a scale is 0 the code means the offset. What codes are chosen for is a
+    small (w - w') H (w - w')^T, with w' what they mean. Where the root has its large products in bf16, what a column
+    makes up for is off by some 2^-9 of itself. Rows do not depend on each other, so results do not depend on `threads`;
+    the product in front of a block runs on torch's own threads. A weight on a GPU is solved there, and so are its
+    results; points of lattices and levels of groups are on the CPU all the same.
+    Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1, in the form of `Root`; for several columns as one Tseng
+    et al. 2024, QuIP#, arXiv:2402.04396.
     """
     chosen = _chosen(weight, frame, backend)
     if chosen == "triton":
-        return _solve_on_gpu(weight, factor, factor if rough_factor is None else rough_factor, frame, order_I)
+        return _solve_on_gpu(weight, root, frame, order_I)
     home = weight.device
-    left = weight.detach().float().cpu().index_select(1, order_I).numpy()  # a copy: it is corrected in place
-    error = np.zeros(len(left), np.float64)
+    weight_OI = weight.detach().float().cpu().index_select(1, order_I).numpy()
     codes_order = order_I[:: frame.together] // frame.together
-    ordered = np.zeros((len(left), len(codes_order)), np.int8 if frame.together == 1 else np.int32)
-    upper = _floats(factor)
-    rough = torch.from_numpy(upper) if rough_factor is None else rough_factor.cpu()
-    match frame, chosen:
-        case Frame(), "cpu":
+    shape = len(weight_OI), len(codes_order)
+    shares, pivots, rough = _floats(root.shares_II), _floats(root.pivots_I), root.rough_II.cpu()
+    codes: NDArray[np.int8] | NDArray[np.int32]
+    if isinstance(frame, Frame):
+        grid, codes = _grid(frame, order_I), np.zeros(shape, np.int8)
+        if chosen == "cpu":
             from quantkernels.columns import cpu  # here: numba is half a second and 110 MB, and plans do without
 
-            cpu.solve(left, upper, rough, _grid(frame, order_I), ordered, error, block=BLOCK, threads=threads)
-        case Frame(), _:
-            reference.solve(left, upper, _grid(frame, order_I), ordered, error)
-        case PointFrame(), "cpu":
+            cpu.solve(weight_OI, shares, rough, grid, codes, block=BLOCK, threads=threads)
+        else:
+            reference.solve(weight_OI, shares, grid, codes)
+    else:
+        lattice, codes = _point_grid(frame, order_I), np.zeros(shape, np.int32)
+        if chosen == "cpu":
             from quantkernels.columns import cpu_points
 
-            grid = _point_grid(frame, order_I)
-            cpu_points.solve(left, upper, rough, grid, ordered, error, block=BLOCK, threads=threads)
-        case PointFrame(), _:
-            reference_points.solve(left, upper, _point_grid(frame, order_I), ordered, error)
-    codes = torch.from_numpy(ordered).index_select(1, codes_order.argsort())
-    return codes.to(home), torch.from_numpy(error).to(home)
+            cpu_points.solve(weight_OI, shares, pivots, rough, lattice, codes, block=BLOCK, threads=threads)
+        else:
+            reference_points.solve(weight_OI, shares, pivots, lattice, codes)
+    return torch.from_numpy(codes).index_select(1, codes_order.argsort()).to(home)
 
 
 def refine(
@@ -102,7 +104,7 @@ def refine(
 ) -> tuple[AnyFrame, Tensor]:
     """A frame and codes with no more error than those given: scales and codes each move to where it is least.
 
-    weight [O, I] f32; hessian [I, I] f32, symmetric and positive definite; the error is that of `solve`. With
+    weight [O, I] f32; hessian [I, I] f32, symmetric and positive definite; the error is what `solve` makes small. With
     P = (w' - w) H kept up to date, the best value of column j is w'_j - P_j / H_jj, and likewise for the columns that
     share a code; ties and a diagonal Hessian leave every code that was nearest as it was. Scales and offsets move as
     far as the frame's ladders allow, so without ladders not at all. Columns go in their own order, `sweeps` times:
@@ -158,20 +160,17 @@ def _chosen(weight: Tensor, frame: AnyFrame, backend: Backend | None) -> Backend
     return "triton" if weight.is_cuda and isinstance(frame, Frame) and frame.levels_OGL is None else "cpu"
 
 
-def _solve_on_gpu(
-    weight: Tensor, factor: Tensor, rough_factor: Tensor, frame: AnyFrame, order_I: Tensor
-) -> tuple[Tensor, Tensor]:
+def _solve_on_gpu(weight: Tensor, root: Root, frame: AnyFrame, order_I: Tensor) -> Tensor:
     from quantkernels.columns import gpu  # triton, which machines without a GPU can do without
 
     assert isinstance(frame, Frame), "no GPU kernel solves lattices"
-    left_OI = weight.detach().float()[:, order_I].contiguous()
-    grid = gpu.grid_of(frame, order_I, weight.device)
-    ordered_OI, error_O = gpu.solve(
-        left_OI, factor.to(weight.device), rough_factor.to(weight.device), grid, block=BLOCK
-    )
+    there = weight.device
+    weight_OI = weight.detach().float()[:, order_I].contiguous()
+    moved = replace(root, shares_II=root.shares_II.to(there), rough_II=root.rough_II.to(there))
+    ordered_OI = gpu.solve(weight_OI, moved, gpu.grid_of(frame, order_I, there), block=BLOCK)
     codes_OI = torch.empty_like(ordered_OI)
     codes_OI[:, order_I] = ordered_OI
-    return codes_OI, error_O
+    return codes_OI
 
 
 def _grid(frame: Frame, order_I: Tensor) -> reference.Grid:

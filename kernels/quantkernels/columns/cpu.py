@@ -43,34 +43,32 @@ ZERO, HALF, ONE, INFINITE = np.float32(0), np.float32(0.5), np.float32(1), np.fl
 
 
 def solve(
-    left_OI: Floats,
-    factor_II: Floats,
+    weight_OI: Floats,
+    shares_II: Floats,
     rough_II: torch.Tensor,
     grid: Grid,
     codes_OI: Codes,
-    error_O: NDArray[np.float64],
     *,
     block: int,
     threads: int,
 ) -> None:
-    """Fills codes_OI and error_O; left_OI, the weights still to be rounded, is corrected in place.
-
-    rough_II is the factor in the type of the large products.
-    """
-    rows, columns = left_OI.shape
-    left, pushes = torch.from_numpy(left_OI), torch.empty(left_OI.shape, dtype=rough_II.dtype)
+    """Fills codes_OI; rough_II is shares_II in the type of the products between blocks."""
+    rows, columns = weight_OI.shape
+    offs = torch.empty(weight_OI.shape, dtype=rough_II.dtype)
     for first in range(0, columns, block):
         inside = slice(first, min(first + block, columns))
-        left[:, inside] -= pushes[:, :first] @ rough_II[:first, inside]
-        factor_CC = np.ascontiguousarray(factor_II[inside, inside])
-        push_OC = np.empty((rows, inside.stop - first), np.float32)
+        left_OC = np.ascontiguousarray(weight_OI[:, inside])
+        torch.from_numpy(left_OC).add_(offs[:, :first] @ rough_II[:first, inside])
+        shares_CC = np.ascontiguousarray(shares_II[inside, inside])
+        off_OC = np.empty_like(left_OC)
 
         def piece(top: int, bottom: int) -> None:
             some = slice(top, bottom)
             solve_block(
                 first,  # noqa: B023 - called before the loop goes on
-                left_OI[some],
-                factor_CC,  # noqa: B023
+                weight_OI[some],
+                left_OC[some],  # noqa: B023
+                shares_CC,  # noqa: B023
                 grid.scale_OG[some],
                 grid.zero_OG[some],
                 grid.offset_OG[some],
@@ -79,12 +77,11 @@ def solve(
                 np.float32(grid.high),
                 _of_rows(grid.levels_OGL, some),
                 codes_OI[some],
-                push_OC[some],  # noqa: B023
-                error_O[some],
+                off_OC[some],  # noqa: B023
             )
 
         over_rows(rows, threads, piece)
-        pushes[:, inside] = torch.from_numpy(push_OC)
+        offs[:, inside] = torch.from_numpy(off_OC)
 
 
 def refine(
@@ -240,8 +237,9 @@ def save_codes(
 @kernel
 def solve_block(
     first: int,
-    left_OI: Floats,
-    factor_CC: Floats,
+    weight_OI: Floats,
+    left_OC: Floats,
+    shares_CC: Floats,
     scale_OG: Floats,
     zero_OG: Floats,
     offset_OG: Floats,
@@ -250,25 +248,26 @@ def solve_block(
     high: Any,
     levels_OGL: Floats,
     codes_OI: Codes,
-    push_OC: Floats,
-    error_O: NDArray[np.float64],
+    off_OC: Floats,
 ) -> None:
-    """Rounds the block of columns that begins at `first`: fills its codes and push_OC, and adds to error_O.
+    """Rounds the block of columns that begins at `first`: fills its codes and off_OC, what they are off by.
 
-    Takes whole rows: a slice of columns is contiguous or not by its width, which would be two types of one kernel.
+    left_OC are the block's best values, given the blocks before. Takes whole rows of weight and codes: a slice of
+    columns is contiguous or not by its width, which would be two types of one kernel.
     """
-    rows, columns = push_OC.shape
+    rows, columns = off_OC.shape
     count = levels_OGL.shape[2]
     lines = -(-columns // WIDTH) * WIDTH
-    tile, codes, shares, square = buffer(lines), buffer(lines), buffer(AT_ONCE), buffer(WIDTH)
+    tile, weights, offs, codes, square = buffer(lines), buffer(lines), buffer(lines), buffer(lines), buffer(WIDTH)
     scale_R, zero_R, offset_R, levels = buffer(1), buffer(1), buffer(1), buffer(max(1, count))
-    error_R, offsets_R, lines_R = np.zeros(WIDTH, np.float64), np.zeros(WIDTH, np.int64), np.arange(WIDTH) * WIDTH
+    offsets_R, lefts_R, lines_R = np.zeros(WIDTH, np.int64), np.zeros(WIDTH, np.int64), np.arange(WIDTH) * WIDTH
     for top in range(0, rows, WIDTH):
         used, loaded = min(WIDTH, rows - top), -1
         for r in range(WIDTH):
-            offsets_R[r] = (top + min(r, used - 1)) * left_OI.shape[1]
-            error_R[r] = error_O[top + min(r, used - 1)]
-        load_tile(left_OI, offsets_R, first, columns, tile)
+            offsets_R[r] = (top + min(r, used - 1)) * weight_OI.shape[1]
+            lefts_R[r] = (top + min(r, used - 1)) * columns
+        load_tile(left_OC, lefts_R, 0, columns, tile)
+        load_tile(weight_OI, offsets_R, first, columns, weights)
         for i in range(columns):
             within = i % AT_ONCE
             group = group_I[first + i]
@@ -281,22 +280,16 @@ def solve_block(
             scale, zero, offset = load(scale_R, 0), load(zero_R, 0), load(offset_R, 0)
             left = load(tile, i * WIDTH)
             steps = to_level((left - offset) / select(scale == ZERO, INFINITE, scale), zero, low, high, levels, count)
-            push = (left - (steps * scale + offset)) / factor_CC[i, i]
+            off = load(weights, i * WIDTH) - (steps * scale + offset)
             store(codes, i * WIDTH, code_of(steps, zero, levels, count))
-            store(tile, i * WIDTH, push)
-            store(shares, within * WIDTH, -push)
+            store(offs, i * WIDTH, off)
             for j in range(i + 1, min(i - within + AT_ONCE, columns)):
-                store(tile, j * WIDTH, load(tile, j * WIDTH) - push * factor_CC[i, j])
+                store(tile, j * WIDTH, load(tile, j * WIDTH) + off * shares_CC[i, j])
             if within == AT_ONCE - 1:
-                correct(tile, factor_CC, shares, i - within, columns)
-        for i in range(columns):
-            for r in range(WIDTH):
-                error_R[r] += np.float64(tile[i * WIDTH + r]) * np.float64(tile[i * WIDTH + r])
+                correct(tile, shares_CC, offs[(i - within) * WIDTH :], i - within, columns)
         for i in range(0, columns, WIDTH):
             save_codes(codes, i, min(WIDTH, columns - i), lines_R, square, codes_OI, top, used, first + i)
-            save_values(tile, i, min(WIDTH, columns - i), lines_R, square, push_OC, top, used, i)
-        for r in range(used):
-            error_O[top + r] = error_R[r]
+            save_values(offs, i, min(WIDTH, columns - i), lines_R, square, off_OC, top, used, i)
 
 
 @kernel

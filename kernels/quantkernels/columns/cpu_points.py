@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from quantkernels.columns.cpu_nearest import LANES, ZERO, choose, cost_of
 from quantkernels.columns.frame import EIGHT
-from quantkernels.columns.points import Grid, Metric, blocks_of, metric_of
+from quantkernels.columns.points import Grid, Metric, blocks_of, metric_of_root
 from quantkernels.columns.reference import WORTH, Floats
 from quantkernels.compiling import kernel
 from quantkernels.rows import over_rows
@@ -21,32 +21,35 @@ INFINITE = np.float32(np.inf)
 
 
 def solve(
-    left_OI: Floats,
-    factor_II: Floats,
+    weight_OI: Floats,
+    shares_II: Floats,
+    pivots_I: Floats,
     rough_II: torch.Tensor,
     grid: Grid,
     codes_OB: NDArray[np.int32],
-    error_O: NDArray[np.float64],
     *,
     block: int,
     threads: int,
 ) -> None:
-    """Fills codes_OB and error_O; see cpu.solve."""
-    rows, columns = left_OI.shape
-    left, pushes = torch.from_numpy(left_OI), torch.empty(left_OI.shape, dtype=rough_II.dtype)
-    metric = metric_of(blocks_of(factor_II))
+    """Fills codes_OB; see cpu.solve."""
+    rows, columns = weight_OI.shape
+    offs = torch.empty(weight_OI.shape, dtype=rough_II.dtype)
+    inverse_BJK, metric = metric_of_root(blocks_of(shares_II), pivots_I.reshape(-1, EIGHT))
     for first in range(0, columns, block):
         inside = slice(first, min(first + block, columns))
-        left[:, inside] -= pushes[:, :first] @ rough_II[:first, inside]
-        factor_CC = np.ascontiguousarray(factor_II[inside, inside])
-        push_OC = np.empty((rows, inside.stop - first), np.float32)
+        left_OC = np.ascontiguousarray(weight_OI[:, inside])
+        torch.from_numpy(left_OC).add_(offs[:, :first] @ rough_II[:first, inside])
+        shares_CC = np.ascontiguousarray(shares_II[inside, inside])
+        off_OC = np.empty_like(left_OC)
 
         def piece(top: int, bottom: int) -> None:
             some = slice(top, bottom)
             solve_block(
                 first,  # noqa: B023 - called before the loop goes on
-                left_OI[some],
-                factor_CC,  # noqa: B023
+                weight_OI[some],
+                left_OC[some],  # noqa: B023
+                shares_CC,  # noqa: B023
+                inverse_BJK,
                 metric.metric_BJK,
                 metric.ratio_BJK,
                 metric.weight_BJ,
@@ -58,12 +61,11 @@ def solve(
                 grid.points.index_P,
                 grid.points.signs,
                 codes_OB[some],
-                push_OC[some],  # noqa: B023
-                error_O[some],
+                off_OC[some],  # noqa: B023
             )
 
         over_rows(rows, threads, piece)
-        pushes[:, inside] = torch.from_numpy(push_OC)
+        offs[:, inside] = torch.from_numpy(off_OC)
 
 
 def refine(
@@ -115,8 +117,10 @@ def refine(
 @kernel
 def solve_block(
     first: int,
-    left_OI: Floats,
-    factor_CC: Floats,
+    weight_OI: Floats,
+    left_OC: Floats,
+    shares_CC: Floats,
+    inverse_BJK: Floats,
     metric_BJK: Floats,
     ratio_BJK: Floats,
     weight_BJ: Floats,
@@ -128,16 +132,16 @@ def solve_block(
     index_P: NDArray[np.int64],
     signs: int,
     codes_OB: NDArray[np.int32],
-    push_OC: Floats,
-    error_O: NDArray[np.float64],
+    off_OC: Floats,
 ) -> None:
-    """Rounds the columns from `first` on, as many as factor_CC has: fills their codes and push_OC, adds to error_O."""
-    rows, columns = push_OC.shape
-    tile_CR = np.zeros((columns, LANES), np.float32)
+    """Rounds the columns from `first` on, as many as off_OC has: fills their codes and off_OC; see cpu.solve_block."""
+    rows, columns = off_OC.shape
+    tile_CR, weight_CR = np.zeros((columns, LANES), np.float32), np.zeros((columns, LANES), np.float32)
+    best_R = np.zeros(LANES, np.float32)
     wanted_JR, chosen_JR = np.zeros((EIGHT, LANES), np.float32), np.zeros((EIGHT, LANES), np.float32)
     state_JKR, cost_JR = np.zeros((EIGHT, EIGHT, LANES), np.float32), np.zeros((EIGHT + 1, LANES), np.float32)
     flip_JR, parity_JR = np.zeros((EIGHT + 1, LANES), np.float32), np.zeros((EIGHT + 1, LANES), np.float32)
-    error_R, best_R, push_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    error_R, least_R, off_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     scale_R, zero_R = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     code_R, choice_R = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
     left_RJ, point_RJ = np.zeros((LANES, EIGHT), np.float32), np.zeros((LANES, EIGHT), np.float32)
@@ -146,7 +150,8 @@ def solve_block(
         used = min(LANES, rows - top)
         for r in range(used):
             for i in range(columns):
-                tile_CR[i, r] = left_OI[top + r, first + i]
+                tile_CR[i, r] = left_OC[top + r, i]
+                weight_CR[i, r] = weight_OI[top + r, first + i]
         for start in range(0, columns, EIGHT):
             b, group = (first + start) // EIGHT, group_I[first + start]
             for r in range(used):
@@ -154,10 +159,16 @@ def solve_block(
                 zero_R[r] = zero_OG[top + r, group]
             for j in range(EIGHT):
                 for r in range(LANES):
+                    best_R[r] = weight_CR[start + j, r]
+                for k in range(EIGHT):
+                    share = inverse_BJK[b, k, j]
+                    for r in range(LANES):
+                        best_R[r] += (tile_CR[start + k, r] - weight_CR[start + k, r]) * share
+                for r in range(LANES):
                     divisor = scale_R[r] if scale_R[r] != ZERO else INFINITE
-                    wanted_JR[j, r] = tile_CR[start + j, r] / divisor + zero_R[r]
+                    wanted_JR[j, r] = best_R[r] / divisor + zero_R[r]
             choose(
-                wanted_JR, chosen_JR, code_R, state_JKR, cost_JR, flip_JR, parity_JR, error_R, best_R, choice_R,
+                wanted_JR, chosen_JR, code_R, state_JKR, cost_JR, flip_JR, parity_JR, error_R, least_R, choice_R,
                 left_RJ, point_RJ, error_J, wanted_J,
                 metric_BJK[b], ratio_BJK[b], weight_BJ[b], points_PD, shared_P, index_P, signs,
             )  # fmt: skip
@@ -165,16 +176,14 @@ def solve_block(
                 codes_OB[top + r, b] = code_R[r]
             for j in range(EIGHT):
                 i = start + j
-                diagonal = factor_CC[i, i]
                 for r in range(LANES):
-                    push_R[r] = (tile_CR[i, r] - (chosen_JR[j, r] - zero_R[r]) * scale_R[r]) / diagonal
-                for k in range(i + 1, columns):
-                    share = factor_CC[i, k]
+                    off_R[r] = weight_CR[i, r] - (chosen_JR[j, r] - zero_R[r]) * scale_R[r]
+                for k in range(start + EIGHT, columns):
+                    share = shares_CC[i, k]
                     for r in range(LANES):
-                        tile_CR[k, r] -= push_R[r] * share
+                        tile_CR[k, r] += off_R[r] * share
                 for r in range(used):
-                    push_OC[top + r, i] = push_R[r]
-                    error_O[top + r] += np.float64(push_R[r]) * np.float64(push_R[r])
+                    off_OC[top + r, i] = off_R[r]
 
 
 @kernel

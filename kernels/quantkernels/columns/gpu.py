@@ -23,6 +23,7 @@ from torch import Tensor
 
 from quantkernels.columns.frame import Frame
 from quantkernels.columns.reference import WORTH
+from quantkernels.columns.root import Root
 
 ROWS = 16  # of a program: with 128 columns, 16 values for each of 128 threads
 INTERPRETED_ROWS = 512  # the interpreter runs a program's rows as one numpy operation
@@ -92,23 +93,19 @@ def grid_of(frame: Frame, order_I: Tensor, device: torch.device) -> Grid:
     )
 
 
-def solve(left_OI: Tensor, factor_II: Tensor, rough_II: Tensor, grid: Grid, *, block: int) -> tuple[Tensor, Tensor]:
-    """The codes i8 [O, I] and each row's error f64 [O]; left_OI f32, the weights, is corrected in place.
-
-    rough_II is the factor in the type of the large products.
-    """
-    rows, columns = left_OI.shape
-    pushes_OI = torch.empty_like(left_OI, dtype=rough_II.dtype)
-    codes_OI = torch.empty((rows, columns), dtype=torch.int8, device=left_OI.device)
-    error_O = torch.zeros(rows, dtype=torch.float64, device=left_OI.device)
+def solve(weight_OI: Tensor, root: Root, grid: Grid, *, block: int) -> Tensor:
+    """The codes i8 [O, I] of weight_OI f32; the root is on its device."""
+    rows, columns = weight_OI.shape
+    offs_OI = torch.empty_like(weight_OI, dtype=root.rough_II.dtype)
+    codes_OI = torch.empty((rows, columns), dtype=torch.int8, device=weight_OI.device)
     for first in range(0, columns, block):
         inside = slice(first, min(first + block, columns))
-        left_OI[:, inside] -= pushes_OI[:, :first] @ rough_II[:first, inside]
-        push_OC = torch.empty((rows, inside.stop - first), device=left_OI.device)
-        solving(left_OI, factor_II[inside, inside].contiguous(), grid, codes_OI, push_OC, first).run()
-        error_O += push_OC.double().square().sum(1)
-        pushes_OI[:, inside] = push_OC
-    return codes_OI, error_O
+        left_OC = (weight_OI[:, inside] + offs_OI[:, :first] @ root.rough_II[:first, inside]).contiguous()
+        off_OC = torch.empty_like(left_OC)
+        shares_CC = root.shares_II[inside, inside].contiguous()
+        solving(weight_OI, left_OC, shares_CC, grid, codes_OI, off_OC, first).run()
+        offs_OI[:, inside] = off_OC
+    return codes_OI
 
 
 def refine(
@@ -119,11 +116,14 @@ def refine(
     refining(off_OI, value_OI, hessian_II[inside, inside].contiguous(), grid, codes_OI, slope_OC, first).run()
 
 
-def solving(left_OI: Tensor, factor_CC: Tensor, grid: Grid, codes_OI: Tensor, push_OC: Tensor, first: int) -> Launch:
-    """What rounds the block of columns that begins at `first`: fills its codes and push_OC."""
-    rows, columns = left_OI.shape
-    width, groups = push_OC.shape[1], grid.scale_OG.shape[1]
-    arguments = left_OI, factor_CC, *grid.arguments, codes_OI, push_OC, rows, columns, groups, first, width
+def solving(
+    weight_OI: Tensor, left_OC: Tensor, shares_CC: Tensor, grid: Grid, codes_OI: Tensor, off_OC: Tensor, first: int
+) -> Launch:
+    """What rounds the block of columns that begins at `first`: fills its codes and off_OC."""
+    rows, columns = weight_OI.shape
+    width, groups = off_OC.shape[1], grid.scale_OG.shape[1]
+    tensors = weight_OI, left_OC, shares_CC, *grid.arguments, codes_OI, off_OC
+    arguments = *tensors, rows, columns, groups, first, width
     return Launch(kernel=solve_kernel, arguments=arguments, rows=rows, constants=_constants(grid, width))
 
 
@@ -186,8 +186,9 @@ def code_of(steps: tl.tensor, zero: tl.tensor, table: tl.tensor, L: tl.constexpr
 
 @jitted
 def solve_kernel(
+    weight: tl.tensor,
     left: tl.tensor,
-    factor: tl.tensor,
+    shares: tl.tensor,
     scale: tl.tensor,
     zero: tl.tensor,
     offset: tl.tensor,
@@ -197,7 +198,7 @@ def solve_kernel(
     low: tl.tensor,
     high: tl.tensor,
     codes: tl.tensor,
-    push: tl.tensor,
+    off: tl.tensor,
     rows: tl.tensor,
     columns: tl.tensor,
     groups: tl.tensor,
@@ -212,7 +213,7 @@ def solve_kernel(
     column_C = tl.arange(0, C)
     inside_T = row_T < rows
     inside_TC = inside_T[:, None] & (column_C < width)[None, :]
-    tile_TC = tl.load(left + row_T[:, None] * columns + first + column_C[None, :], mask=inside_TC, other=0.0)
+    tile_TC = tl.load(left + row_T[:, None] * width + column_C[None, :], mask=inside_TC, other=0.0)
     for i in range(width):
         at_T = row_T * groups + tl.load(group + first + i)
         scale_T = tl.load(scale + at_T, mask=inside_T, other=0.0)
@@ -221,12 +222,12 @@ def solve_kernel(
         own_T = tl.sum(tl.where(column_C[None, :] == i, tile_TC, 0.0), axis=1)
         steps_T = tl.math.div_rn(own_T - offset_T, tl.where(scale_T == 0.0, float("inf"), scale_T))
         steps_T = to_levels(steps_T, zero_T, low, high, table, middles, L)
-        off_T = own_T - (steps_T * scale_T + offset_T)
-        push_T = tl.math.div_rn(off_T, tl.zeros_like(off_T) + tl.load(factor + i * width + i))
-        share_C = tl.load(factor + i * width + column_C, mask=(column_C > i) & (column_C < width), other=0.0)
-        tile_TC = tile_TC - push_T[:, None] * share_C[None, :]
-        tl.store(codes + row_T * columns + first + i, code_of(steps_T, zero_T, table, L), mask=inside_T)
-        tl.store(push + row_T * width + i, push_T, mask=inside_T)
+        place_T = row_T * columns + first + i
+        off_T = tl.load(weight + place_T, mask=inside_T, other=0.0) - (steps_T * scale_T + offset_T)
+        share_C = tl.load(shares + i * width + column_C, mask=(column_C > i) & (column_C < width), other=0.0)
+        tile_TC = tile_TC + off_T[:, None] * share_C[None, :]
+        tl.store(codes + place_T, code_of(steps_T, zero_T, table, L), mask=inside_T)
+        tl.store(off + row_T * width + i, off_T, mask=inside_T)
 
 
 @jitted

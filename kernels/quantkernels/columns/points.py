@@ -76,6 +76,12 @@ def metric_of(upper_BJK: NDArray[np.floating[Any]]) -> Metric:
     )
 
 
+def metric_of_root(shares_BJK: Floats, pivots_BJ: Floats) -> tuple[Floats, Metric]:
+    """The inverses of the blocks [B, 8, 8] of a root's shares, and the metrics of the root's own blocks."""
+    inverse_BJK = np.linalg.inv(shares_BJK.astype(np.float64))
+    return _floats(inverse_BJK), metric_of(inverse_BJK / pivots_BJ.astype(np.float64)[:, :, None])
+
+
 def metric_of_hessian(hessian_BJK: Floats) -> tuple[Floats, Metric]:
     """The inverses of Hessians [B, 8, 8], and the metrics that these Hessians are."""
     inverse_BJK = np.linalg.inv(hessian_BJK.astype(np.float64))

@@ -33,13 +33,12 @@ class Grid:
     levels_OGL: Floats
 
 
-def solve(left_OI: Floats, factor_II: Floats, grid: Grid, codes_OI: Codes, error_O: NDArray[np.float64]) -> None:
-    """Fills codes_OI and error_O; left_OI, the weights still to be rounded, is corrected in place."""
-    for i in range(left_OI.shape[1]):
+def solve(weight_OI: Floats, shares_II: Floats, grid: Grid, codes_OI: Codes) -> None:
+    """Fills codes_OI."""
+    left_OI = weight_OI.copy()  # the best values, given what the columns before are off by
+    for i in range(weight_OI.shape[1]):
         codes_OI[:, i], value_O = nearest(left_OI[:, i], grid, i)
-        push_O = (left_OI[:, i] - value_O) / factor_II[i, i]
-        left_OI[:, i + 1 :] -= np.outer(push_O, factor_II[i, i + 1 :])
-        error_O += push_O.astype(np.float64) ** 2
+        left_OI[:, i + 1 :] += np.outer(weight_OI[:, i] - value_O, shares_II[i, i + 1 :])
 
 
 def refine(

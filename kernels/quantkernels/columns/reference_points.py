@@ -11,22 +11,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkernels.columns.frame import EIGHT, INDEX_BITS, SIGNS_AT
-from quantkernels.columns.points import EVEN, NONE, Grid, Metric, blocks_of, metric_of, metric_of_hessian
+from quantkernels.columns.points import EVEN, NONE, Grid, Metric, blocks_of, metric_of_hessian, metric_of_root
 from quantkernels.columns.reference import WORTH, Floats
 
 Codes = NDArray[np.int32]
 
 
-def solve(left_OI: Floats, factor_II: Floats, grid: Grid, codes_OB: Codes, error_O: NDArray[np.float64]) -> None:
-    """Fills codes_OB and error_O; left_OI, the weights still to be rounded, is corrected in place."""
-    metric = metric_of(blocks_of(factor_II))
+def solve(weight_OI: Floats, shares_II: Floats, pivots_I: Floats, grid: Grid, codes_OB: Codes) -> None:
+    """Fills codes_OB.
+
+    left_OI is what each column would make up for by itself; what the eight of a code make up for together follows from
+    the inverse of their shares.
+    """
+    inverse_BJK, metric = metric_of_root(blocks_of(shares_II), pivots_I.reshape(-1, EIGHT))
+    left_OI = weight_OI.copy()
     for b in range(codes_OB.shape[1]):
-        codes_OB[:, b], value_OJ = nearest(left_OI[:, b * EIGHT : (b + 1) * EIGHT].copy(), metric, grid, b)
+        inside = slice(b * EIGHT, (b + 1) * EIGHT)
+        best_OJ = weight_OI[:, inside].copy()
+        for k in range(EIGHT):
+            best_OJ += (left_OI[:, inside.start + k] - weight_OI[:, inside.start + k])[:, None] * inverse_BJK[b, k]
+        codes_OB[:, b], value_OJ = nearest(best_OJ, metric, grid, b)
         for j in range(EIGHT):
-            i = b * EIGHT + j
-            push_O = (left_OI[:, i] - value_OJ[:, j]) / factor_II[i, i]
-            left_OI[:, i + 1 :] -= np.outer(push_O, factor_II[i, i + 1 :])
-            error_O += push_O.astype(np.float64) ** 2
+            off_O = weight_OI[:, inside.start + j] - value_OJ[:, j]
+            left_OI[:, inside.stop :] += np.outer(off_O, shares_II[inside.start + j, inside.stop :])
 
 
 def refine(
