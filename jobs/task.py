@@ -31,12 +31,12 @@ RECIPES: dict[Kind, int] = {
     "fetch": 2,
     "calibrate": 2,
     "imatrix": 1,
-    "propagate": 1,
-    "quantize": 2,
-    "assemble": 1,
+    "propagate": 2,
+    "quantize": 3,
+    "assemble": 2,
     "reference": 1,
     "evaluate": 2,
-    "finish": 2,
+    "finish": 3,
     "publish": 1,
 }
 
