@@ -40,7 +40,7 @@ PIECE_ROWS = 512  # and on a CPU so many, by a thread each; enough for products 
 PANEL = 256  # columns of a block of a Cholesky factorisation
 LEAST_RAISED = 0.01  # where raising the damping starts when none was asked for
 # Where what the other columns leave of a column's power is less than this share of it, f32 has cancelled too much: f64.
-LEAST_LEFT = 1e-3
+LEAST_LEFT = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
