@@ -18,7 +18,7 @@ from ggml_peer import library as peer_library
 from ggml_peer import quantize as peer_quantize
 from quantkernels.compiling import compiled
 from quantkernels.ggml import TYPES, Backend, block_size, dequantize, quantize
-from quantkernels.ggml.cpu.lanes import WIDTH, load, nearest_wrapped, store
+from quantkernels.lanes import WIDTH, load, nearest_wrapped, store
 
 Floats = NDArray[np.float32]
 

@@ -13,12 +13,12 @@ from ggml_peer import library as peer_library
 from ggml_peer import quantize as peer_quantize
 from quantkernels.compiling import compiled
 from quantkernels.ggml import TYPES, dequantize
-from quantkernels.ggml.cpu.lanes import WIDTH
 from quantkernels.ggml.cpu.lanes_sort import network, sort_16, sort_32, sort_keys
 from quantkernels.ggml.packing.iq1 import pack_iq1, unpack_fields
 from quantkernels.ggml.thorough.cpu_iq1 import quantize_thorough
 from quantkernels.ggml.thorough.reference_iq1 import errors_of_d, parabolas_of, split_groups
 from quantkernels.ggml.thorough.reference_iq1 import quantize_thorough as thorough_truth
+from quantkernels.lanes import WIDTH
 from test_ggml_kernels import Floats, hard_rows, heavy_tailed, importance_of, importances
 
 pytestmark = pytest.mark.slow

@@ -8,9 +8,9 @@ import pytest
 from quantkernels.compiling import compiled
 from quantkernels.ggml import Backend, quantize
 from quantkernels.ggml.cpu.iq4 import nearest_code, nearest_level
-from quantkernels.ggml.cpu.lanes import WIDTH, load, store
 from quantkernels.ggml.packing.iq4 import LEVELS, MIDDLES
 from quantkernels.ggml.reference.iq4 import nearest_level as reference_nearest_level
+from quantkernels.lanes import WIDTH, load, store
 from test_ggml_kernels import Floats, heavy_tailed
 
 NAMES = ["IQ4_NL", "IQ4_XS"]

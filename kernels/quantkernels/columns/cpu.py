@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from quantkernels.columns.reference import WORTH, Codes, Floats, Grid
 from quantkernels.compiling import inlined, kernel
-from quantkernels.ggml.cpu.lanes import (
+from quantkernels.lanes import (
     WIDTH,
     Lanes,
     bits_of,

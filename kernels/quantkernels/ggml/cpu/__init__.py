@@ -17,11 +17,11 @@ from quantkernels.ggml.cpu.iq3 import quantize_iq3
 from quantkernels.ggml.cpu.iq4 import quantize_iq4_nl, quantize_iq4_xs
 from quantkernels.ggml.cpu.k_scale_min import quantize_scale_min
 from quantkernels.ggml.cpu.k_symmetric import quantize_q3_k, quantize_q6_k
-from quantkernels.ggml.cpu.lanes import WIDTH, bits_of, load, magnitude, spread
 from quantkernels.ggml.cpu.legacy import quantize_by_range, quantize_by_search, quantize_q8_0
 from quantkernels.ggml.cpu.search import ZERO
 from quantkernels.ggml.cpu.ternary import quantize_ternary
 from quantkernels.ggml.layout import BlockType
+from quantkernels.lanes import WIDTH, bits_of, load, magnitude, spread
 
 
 def quantize_blocks(

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, kernel
-from quantkernels.ggml.cpu.lanes import WIDTH, Lanes, buffer, load, magnitude, select, spread, store, store_bytes
 from quantkernels.ggml.cpu.legacy import place
 from quantkernels.ggml.cpu.search import ZERO, extreme_of, gather
+from quantkernels.lanes import WIDTH, Lanes, buffer, load, magnitude, select, spread, store, store_bytes
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

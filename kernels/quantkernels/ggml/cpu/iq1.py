@@ -14,11 +14,11 @@ from quantkernels.ggml.cpu.half import store_half
 from quantkernels.ggml.cpu.iq1_lattice import Tables, nearest_neighbour
 from quantkernels.ggml.cpu.iq1_split import SHIFT, split_halves, split_whole
 from quantkernels.ggml.cpu.k_symmetric import square
-from quantkernels.ggml.cpu.lanes import WIDTH, Lanes, Mask, bits_of, buffer, load, magnitude, select, spread, store
 from quantkernels.ggml.cpu.lanes_sort import sort_16, sort_32
 from quantkernels.ggml.cpu.pack import place, weigh
 from quantkernels.ggml.cpu.search import ONE, ZERO, extreme_of, gather, wrapped_codes
 from quantkernels.ggml.layout import SUPER_BLOCK
+from quantkernels.lanes import WIDTH, Lanes, Mask, bits_of, buffer, load, magnitude, select, spread, store
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

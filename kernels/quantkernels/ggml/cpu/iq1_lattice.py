@@ -15,10 +15,10 @@ from numba.core.types.containers import UniTuple
 from numpy.typing import NDArray
 
 from quantkernels.compiling import inlined, instruction
-from quantkernels.ggml.cpu.lanes import WIDTH, lanes_type, select, spread
 from quantkernels.ggml.cpu.lanes_lattice import errors_of, first_least, one_of
 from quantkernels.ggml.cpu.search import ZERO
 from quantkernels.ggml.lattice import lattice
+from quantkernels.lanes import WIDTH, lanes_type, select, spread
 
 Floats = NDArray[np.float32]
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled
 from quantkernels.ggml.cpu.iq1_lattice import LARGEST
-from quantkernels.ggml.cpu.lanes import WIDTH, Lanes, bits_of, load, select, spread, store
 from quantkernels.ggml.cpu.lanes_sort import placed_below, taken, value_of
 from quantkernels.ggml.cpu.search import ONE, ZERO
+from quantkernels.lanes import WIDTH, Lanes, bits_of, load, select, spread, store
 
 Floats = NDArray[np.float32]
 Keys = NDArray[np.int64]

@@ -17,7 +17,12 @@ from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, inlined, kernel
 from quantkernels.ggml.cpu.iq2_pack import GROUP, GROUPS, HALF, INDEX_BITS, code_scales, pack, turn_signs
-from quantkernels.ggml.cpu.lanes import (
+from quantkernels.ggml.cpu.lanes_lattice import errors_of, first_least, odd_level, one_of, store_whole, tables_of, whole
+from quantkernels.ggml.cpu.pack import place, weigh
+from quantkernels.ggml.cpu.search import ONE, ZERO, gather, search_nonnegative, sum_of_squares
+from quantkernels.ggml.lattice import lattice
+from quantkernels.ggml.layout import SUPER_BLOCK
+from quantkernels.lanes import (
     WIDTH,
     Lanes,
     Mask,
@@ -31,11 +36,6 @@ from quantkernels.ggml.cpu.lanes import (
     spread,
     store,
 )
-from quantkernels.ggml.cpu.lanes_lattice import errors_of, first_least, odd_level, one_of, store_whole, tables_of, whole
-from quantkernels.ggml.cpu.pack import place, weigh
-from quantkernels.ggml.cpu.search import ONE, ZERO, gather, search_nonnegative, sum_of_squares
-from quantkernels.ggml.lattice import lattice
-from quantkernels.ggml.layout import SUPER_BLOCK
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled
 from quantkernels.ggml.cpu.half import store_half
-from quantkernels.ggml.cpu.lanes import WIDTH, Lanes, Mask, load, nearest_wrapped, select, spread, store
 from quantkernels.ggml.cpu.search import ONE, ZERO
 from quantkernels.ggml.layout import SUPER_BLOCK
+from quantkernels.lanes import WIDTH, Lanes, Mask, load, nearest_wrapped, select, spread, store
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

@@ -29,7 +29,11 @@ from quantkernels.ggml.cpu.iq3_search import (
     refine,
     try_scales,
 )
-from quantkernels.ggml.cpu.lanes import (
+from quantkernels.ggml.cpu.pack import place
+from quantkernels.ggml.cpu.search import ONE, ZERO, gather, sum_of_squares
+from quantkernels.ggml.lattice import Lattice, lattice
+from quantkernels.ggml.layout import SUPER_BLOCK
+from quantkernels.lanes import (
     WIDTH,
     Lanes,
     bits_of,
@@ -43,10 +47,6 @@ from quantkernels.ggml.cpu.lanes import (
     spread,
     store,
 )
-from quantkernels.ggml.cpu.pack import place
-from quantkernels.ggml.cpu.search import ONE, ZERO, gather, sum_of_squares
-from quantkernels.ggml.lattice import Lattice, lattice
-from quantkernels.ggml.layout import SUPER_BLOCK
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

@@ -25,7 +25,8 @@ from numba.core import types
 from numpy.typing import NDArray
 
 from quantkernels.compiling import inlined, instruction
-from quantkernels.ggml.cpu.lanes import (
+from quantkernels.ggml.cpu.search import ONE, ROUND, ZERO
+from quantkernels.lanes import (
     WIDTH,
     Lanes,
     bits_of,
@@ -37,7 +38,6 @@ from quantkernels.ggml.cpu.lanes import (
     spread,
     store,
 )
-from quantkernels.ggml.cpu.search import ONE, ROUND, ZERO
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]

@@ -15,19 +15,6 @@ from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, instruction, kernel
 from quantkernels.ggml.cpu.half import store_half
-from quantkernels.ggml.cpu.lanes import (
-    WIDTH,
-    Lanes,
-    buffer,
-    lanes_type,
-    load,
-    magnitude,
-    root,
-    select,
-    spread,
-    store,
-    store_bytes,
-)
 from quantkernels.ggml.cpu.legacy import inverse_of
 from quantkernels.ggml.cpu.legacy import place as place_blocks
 from quantkernels.ggml.cpu.pack import place
@@ -42,6 +29,19 @@ from quantkernels.ggml.cpu.search import (
 )
 from quantkernels.ggml.layout import SUPER_BLOCK
 from quantkernels.ggml.packing.iq4 import LEVELS, MIDDLES
+from quantkernels.lanes import (
+    WIDTH,
+    Lanes,
+    buffer,
+    lanes_type,
+    load,
+    magnitude,
+    root,
+    select,
+    spread,
+    store,
+    store_bytes,
+)
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

@@ -11,19 +11,6 @@ from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, kernel
 from quantkernels.ggml.cpu.half import store_half
-from quantkernels.ggml.cpu.lanes import (
-    WIDTH,
-    Lanes,
-    buffer,
-    load,
-    low_byte,
-    magnitude,
-    nearest_wrapped,
-    root,
-    select,
-    spread,
-    store,
-)
 from quantkernels.ggml.cpu.pack import pack_crumbs, pack_flags, pack_nibbles, place, split_high, weigh
 from quantkernels.ggml.cpu.search import (
     ZERO,
@@ -36,6 +23,19 @@ from quantkernels.ggml.cpu.search import (
     wrapped_codes,
 )
 from quantkernels.ggml.layout import SUPER_BLOCK
+from quantkernels.lanes import (
+    WIDTH,
+    Lanes,
+    buffer,
+    load,
+    low_byte,
+    magnitude,
+    nearest_wrapped,
+    root,
+    select,
+    spread,
+    store,
+)
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

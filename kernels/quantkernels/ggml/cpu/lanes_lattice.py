@@ -15,7 +15,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 
 from quantkernels.compiling import inlined, instruction
-from quantkernels.ggml.cpu.lanes import _F32, _I32, WIDTH, _call, _constant, _pointer, _spread, lanes_type
+from quantkernels.lanes import _F32, _I32, WIDTH, _call, _constant, _pointer, _spread, lanes_type
 
 _I16 = ir.VectorType(ir.IntType(16), WIDTH)
 _TUPLE: Any = types.UniTuple  # type: ignore[attr-defined]

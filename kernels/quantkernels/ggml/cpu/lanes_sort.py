@@ -15,7 +15,7 @@ from numba.core import types
 from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, instruction
-from quantkernels.ggml.cpu.lanes import WIDTH, lanes_type, mask_type
+from quantkernels.lanes import WIDTH, lanes_type, mask_type
 
 HALF_WIDTH = WIDTH // 2
 _F32 = ir.VectorType(ir.FloatType(), WIDTH)

@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, kernel
 from quantkernels.ggml.cpu.half import store_half
-from quantkernels.ggml.cpu.lanes import (
+from quantkernels.ggml.cpu.search import (
+    ONE,
+    ZERO,
+    bounded_codes,
+    extreme_of,
+    gather,
+    search_scale_min,
+    search_symmetric,
+    trial_codes,
+)
+from quantkernels.lanes import (
     WIDTH,
     Lanes,
     bits_of,
@@ -24,16 +34,6 @@ from quantkernels.ggml.cpu.lanes import (
     store,
     store_bytes,
     whole,
-)
-from quantkernels.ggml.cpu.search import (
-    ONE,
-    ZERO,
-    bounded_codes,
-    extreme_of,
-    gather,
-    search_scale_min,
-    search_symmetric,
-    trial_codes,
 )
 
 Floats = NDArray[np.float32]

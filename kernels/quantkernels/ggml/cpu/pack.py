@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled
-from quantkernels.ggml.cpu.lanes import WIDTH, load, root, store, store_bytes, whole
 from quantkernels.ggml.cpu.search import ONE, sum_of_squares
 from quantkernels.ggml.layout import SUPER_BLOCK
+from quantkernels.lanes import WIDTH, load, root, store, store_bytes, whole
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, inlined
-from quantkernels.ggml.cpu.lanes import (
+from quantkernels.lanes import (
     WIDTH,
     Lanes,
     Mask,

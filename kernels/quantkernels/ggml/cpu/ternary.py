@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, kernel
 from quantkernels.ggml.cpu.half import store_half
-from quantkernels.ggml.cpu.lanes import WIDTH, Lanes, buffer, load, magnitude, select, spread, store, store_bytes, whole
 from quantkernels.ggml.cpu.pack import pack_crumbs
 from quantkernels.ggml.cpu.search import ONE, ZERO
 from quantkernels.ggml.layout import SUPER_BLOCK
+from quantkernels.lanes import WIDTH, Lanes, buffer, load, magnitude, select, spread, store, store_bytes, whole
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

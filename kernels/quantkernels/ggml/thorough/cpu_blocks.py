@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, kernel
 from quantkernels.ggml.cpu.half import store_half
-from quantkernels.ggml.cpu.lanes import WIDTH, buffer, load, select, spread, store, store_bytes
 from quantkernels.ggml.cpu.legacy import pack_codes
 from quantkernels.ggml.cpu.search import ONE, ZERO, bounded_codes, extreme_of, gather
 from quantkernels.ggml.thorough.cpu_levels import (
@@ -22,6 +21,7 @@ from quantkernels.ggml.thorough.cpu_levels import (
 )
 from quantkernels.ggml.thorough.cpu_pairs import code_sums, pair_error, survey
 from quantkernels.ggml.thorough.cpu_search import HIGHEST, as_half, clear, inverse_of, place, take_better, weigh
+from quantkernels.lanes import WIDTH, buffer, load, select, spread, store, store_bytes
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

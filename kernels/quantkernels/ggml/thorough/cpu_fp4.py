@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, kernel
 from quantkernels.ggml.cpu.fp4 import half_e8m0, half_ue4m3, ue4m3_of
-from quantkernels.ggml.cpu.lanes import WIDTH, buffer, load, magnitude, spread, store, store_bytes
 from quantkernels.ggml.cpu.search import ZERO, extreme_of, gather
 from quantkernels.ggml.thorough.cpu_levels import FLOAT4, level_error, nearest_code
 from quantkernels.ggml.thorough.cpu_search import clear, inverse_of, place, take_better, weigh
+from quantkernels.lanes import WIDTH, buffer, load, magnitude, spread, store, store_bytes
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

@@ -18,10 +18,10 @@ from quantkernels.compiling import compiled, inlined, kernel
 from quantkernels.ggml.cpu.half import store_half
 from quantkernels.ggml.cpu.iq1 import GROUPS
 from quantkernels.ggml.cpu.iq1_pack import pack_m, pack_s
-from quantkernels.ggml.cpu.lanes import WIDTH, Lanes, buffer, load, select, spread, store
 from quantkernels.ggml.cpu.search import ZERO
 from quantkernels.ggml.layout import SUPER_BLOCK
 from quantkernels.ggml.thorough.cpu_iq1_envelope import HIGH, MOST, Envelopes, Halves, find_envelopes, halves, lowest
+from quantkernels.lanes import WIDTH, Lanes, buffer, load, select, spread, store
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

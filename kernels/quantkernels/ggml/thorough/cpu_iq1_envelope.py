@@ -19,11 +19,11 @@ from numba.core import types
 from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, inlined, instruction
-from quantkernels.ggml.cpu.lanes import WIDTH, Lanes, bits_of, lanes_type, load, mask_type, select, spread, store
 from quantkernels.ggml.cpu.lanes_lattice import first_least, one_of
 from quantkernels.ggml.cpu.search import ONE, ZERO
 from quantkernels.ggml.lattice import lattice
 from quantkernels.ggml.layout import SUPER_BLOCK
+from quantkernels.lanes import WIDTH, Lanes, bits_of, lanes_type, load, mask_type, select, spread, store
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]

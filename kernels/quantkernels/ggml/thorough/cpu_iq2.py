@@ -16,7 +16,6 @@ from quantkernels.compiling import compiled, kernel
 from quantkernels.ggml.cpu.half import store_half
 from quantkernels.ggml.cpu.iq2 import TWO, quantize_rows
 from quantkernels.ggml.cpu.iq2_pack import GROUP, GROUPS, HALF, INDEX_BITS, Integers, pack
-from quantkernels.ggml.cpu.lanes import WIDTH, Lanes, buffer, load, magnitude, root, select, spread, store
 from quantkernels.ggml.cpu.lanes_lattice import picked, raised, value_of, whole
 from quantkernels.ggml.cpu.pack import place
 from quantkernels.ggml.cpu.search import ONE, ROUND, ZERO, gather
@@ -25,6 +24,7 @@ from quantkernels.ggml.layout import SUPER_BLOCK, TYPES
 from quantkernels.ggml.packing.fields import half_at
 from quantkernels.ggml.thorough.cpu_iq2_error import take_better
 from quantkernels.ggml.thorough.reference_iq2 import D_RATIOS, SCALE_RATIOS
+from quantkernels.lanes import WIDTH, Lanes, buffer, load, magnitude, root, select, spread, store
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

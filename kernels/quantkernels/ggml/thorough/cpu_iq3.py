@@ -15,7 +15,6 @@ from quantkernels.compiling import compiled, inlined, kernel
 from quantkernels.ggml.cpu.half import store_half
 from quantkernels.ggml.cpu.iq3 import quantize_iq3, store_sub_block, store_sub_scale
 from quantkernels.ggml.cpu.iq3_search import HALF
-from quantkernels.ggml.cpu.lanes import WIDTH, bits_of, buffer, load, store
 from quantkernels.ggml.cpu.search import ONE, ZERO
 from quantkernels.ggml.lattice import lattice
 from quantkernels.ggml.layout import SUPER_BLOCK, TYPES
@@ -32,6 +31,7 @@ from quantkernels.ggml.thorough.cpu_iq3_gain import (
     top_gain,
     top_point,
 )
+from quantkernels.lanes import WIDTH, bits_of, buffer, load, store
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

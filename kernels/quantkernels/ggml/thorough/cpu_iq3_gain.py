@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from quantkernels.compiling import compiled, inlined
 from quantkernels.ggml.cpu.iq3 import largest_of
 from quantkernels.ggml.cpu.iq3_search import TWO, item
-from quantkernels.ggml.cpu.lanes import WIDTH, Lanes, load, magnitude, select, spread, store
 from quantkernels.ggml.cpu.search import ONE, ZERO
 from quantkernels.ggml.layout import SUPER_BLOCK
+from quantkernels.lanes import WIDTH, Lanes, load, magnitude, select, spread, store
 
 Floats = NDArray[np.float32]
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled
 from quantkernels.ggml.cpu import iq4 as cpu_iq4
-from quantkernels.ggml.cpu.lanes import WIDTH, Lanes, load, magnitude, select, spread
 from quantkernels.ggml.cpu.search import ZERO, bounded_codes, extreme_of
 from quantkernels.ggml.thorough.cpu_search import inverse_of
+from quantkernels.lanes import WIDTH, Lanes, load, magnitude, select, spread
 
 Floats = NDArray[np.float32]
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from quantkernels.compiling import compiled, kernel
 from quantkernels.ggml.cpu.half import store_half
 from quantkernels.ggml.cpu.k_scale_min import pack_pairs
-from quantkernels.ggml.cpu.lanes import WIDTH, Lanes, buffer, load, select, spread, store
 from quantkernels.ggml.cpu.pack import pack_crumbs, pack_flags, pack_nibbles, split_high
 from quantkernels.ggml.cpu.search import ONE, ZERO, bounded_codes, gather
 from quantkernels.ggml.layout import SUPER_BLOCK
@@ -28,6 +27,7 @@ from quantkernels.ggml.thorough.cpu_search import (
     weigh,
     whole_within,
 )
+from quantkernels.lanes import WIDTH, Lanes, buffer, load, select, spread, store
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

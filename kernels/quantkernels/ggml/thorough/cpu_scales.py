@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from quantkernels.compiling import compiled, kernel
 from quantkernels.ggml.cpu.half import store_half
 from quantkernels.ggml.cpu.k_symmetric import pack_scales
-from quantkernels.ggml.cpu.lanes import WIDTH, buffer, load, select, spread, store, store_bytes
 from quantkernels.ggml.cpu.pack import pack_crumbs, pack_flags, pack_nibbles, split_high
 from quantkernels.ggml.cpu.search import ONE, ZERO, extreme_of, gather
 from quantkernels.ggml.layout import SUPER_BLOCK
@@ -34,6 +33,7 @@ from quantkernels.ggml.thorough.cpu_search import (
     weigh,
     whole_within,
 )
+from quantkernels.lanes import WIDTH, buffer, load, select, spread, store, store_bytes
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

@@ -13,8 +13,8 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, instruction
-from quantkernels.ggml.cpu.lanes import WIDTH, Lanes, lanes_type, load, select, spread, store
 from quantkernels.ggml.cpu.search import ONE, ROUND, ZERO, gather
+from quantkernels.lanes import WIDTH, Lanes, lanes_type, load, select, spread, store
 
 Floats = NDArray[np.float32]
 Offsets = NDArray[np.int64]

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, kernel
 from quantkernels.ggml.cpu.half import store_half
-from quantkernels.ggml.cpu.lanes import WIDTH, Lanes, buffer, load, magnitude, select, spread, store
 from quantkernels.ggml.cpu.lanes_sort import below_of, pair_keys, sort_keys, value_of
 from quantkernels.ggml.cpu.pack import pack_crumbs
 from quantkernels.ggml.cpu.search import ONE, ZERO, gather
 from quantkernels.ggml.cpu.ternary import HALF, pack_trits
 from quantkernels.ggml.layout import SUPER_BLOCK
 from quantkernels.ggml.thorough.cpu_search import as_half, place, weigh
+from quantkernels.lanes import WIDTH, Lanes, buffer, load, magnitude, select, spread, store
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
