@@ -5,7 +5,7 @@ that a correction is read and written once for eight products.
 
 Within a block of columns the operations and their order are those of `reference.py`, lane by lane, so a weight of at
 most 128 columns gets its very bits. Beyond a block the corrections of its 128 columns are summed by a matrix product
-before they are subtracted, which rounds differently: codes may then differ where a value lies within about 1e-6 steps
+before they are added, which rounds differently: codes may then differ where a value lies within about 1e-6 steps
 of a tie.
 
 # O out, I in, G groups of a row, C columns of the block, R rows of a tile, L levels.
