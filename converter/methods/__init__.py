@@ -88,8 +88,8 @@ class Options:
     seed: what random choices follow from, the model's commit. sweeps is for measurements and has no word there: how
     often gptq goes over the codes again. Two took 3 % (4 bits) to 12 % (2 bits) off the KL divergence and about as long
     as all before them; more than that changed next to nothing. iterations, batch_size and learning_rate are
-    autoround's; without a rate it is 1 / iterations. device: where gptq factorizes and solves. products: the type in
-    which its descent multiplies large matrices. threads: over which rows are spread; they change no bit.
+    autoround's; without a rate it is 1 / iterations. device: where gptq factorizes and solves. products: the type of
+    its large products. threads: over which it spreads rows and blocks of columns; they change no bit.
     """
 
     importance: bool = False

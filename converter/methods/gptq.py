@@ -33,10 +33,8 @@ from converter.stats import TapStats
 from converter.workers import Workers, row_threads
 from quantkernels import columns
 
-PIECE_WEIGHTS = (
-    1 << 24
-)  # rows are solved this many weights at a time on a GPU; each of some six temporaries takes 64 MB
-PIECE_ROWS = 512  # and on a CPU so many, by a thread each; enough for products to be as fast as they get
+PIECE_WEIGHTS = 1 << 24  # a GPU solves rows of this many weights at a time; each of some six temporaries takes 64 MB
+PIECE_ROWS = 512  # and a thread of a CPU so many; enough for products to be as fast as they get
 PANEL = 256  # columns of a block of a Cholesky factorisation
 LEAST_RAISED = 0.01  # where raising the damping starts when none was asked for
 # Where what the other columns leave of a column's power is less than this share of it, f32 has cancelled too much: f64.
