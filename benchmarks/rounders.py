@@ -101,7 +101,7 @@ def measure_solvers(size: int, bits: int, repeats: int) -> list[dict[str, object
     ]  # fmt: skip
 
 
-def decoded(rounder: Rounder, block: Block, grid: AffineGrid, sweeps: int = Options.sweeps) -> Tensor:
+def decoded(rounder: Rounder, block: Block, grid: AffineGrid, sweeps: int | None = None) -> Tensor:
     """The block's one weight, rounded."""
     rounded = rounder(block, {"linear.weight": grid}, Options(importance=True, sweeps=sweeps))
     return rounded.coded["linear.weight"].decode()

@@ -32,8 +32,9 @@ from converter.skeleton import skeleton
 from converter.stand_ins import Visit, put, separate_experts, stand_in, stand_in_for_embeddings, submodule, visit_block
 from converter.workers import Workers
 
-# Number of the sequence and, by tap name, the hidden state [T, I] that the tap's linears read.
-Observer = Callable[[int, Mapping[str, Tensor]], None]
+# Number of the sequence and, by tap name, the hidden state [T, I] that the tap's linears read, or what was made of it.
+Observer = Callable[[int, Mapping[str, Any]], None]
+EMBEDDED_TOKENS = 4096  # looked up at a time: some thousand take no longer than one
 SHOWN = 8  # differences of a block that a message names
 
 
@@ -165,18 +166,18 @@ class Decoder:
             used, numbers = rows.unique(return_inverse=True)  # type: ignore[no-untyped-call]
             tensors[self._embedding] = table[used.to(table.device)]
 
-        def run(n: int) -> Tensor:
+        def run(some: slice) -> Tensor:
             seen: list[Tensor] = []
 
             def visit(b: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
                 seen.append(hidden)
                 raise _EnoughError
 
-            self._forward(visit, input_ids=numbers[n : n + 1].to(self.device))
-            return seen[0][0]
+            self._forward(visit, input_ids=numbers[some].to(self.device))
+            return seen[0]
 
         with self._loaded(self._model, tensors):
-            return self._stack(run, len(rows), rows.device)
+            return self._stack(run, len(rows), rows.device, at_once=max(1, EMBEDDED_TOKENS // rows.shape[1]))
 
     def run_block(
         self,
@@ -187,23 +188,25 @@ class Decoder:
         activations: Mapping[str, Activations] | None = None,
         rounding: CacheRounding | None = None,
         watch_cache: bool = False,
+        measure: Callable[[str, Tensor], Any] | None = None,
     ) -> Tensor:
         """The hidden state [N, T, D] behind block b for `hidden` in front of it, one sequence at a time.
 
         tensors: the block's, by checkpoint name relative to the block. observe is called in order of the sequences, in
-        the caller's thread; what it is given may be kept. activations: linears whose input is quantized, by module name
+        the caller's thread; what it is given may be kept. measure: what to make of a tap's hidden state before, given
+        its name, in the thread that ran the sequence. activations: linears whose input is quantized, by module name
         relative to the block; taps are observed before that. rounding: of the keys and values that attention keeps;
         watch_cache: observe those, too, as the taps caches.KEYS and caches.VALUES, in blocks that have them.
         Raises SourceError when names or shapes are not those of the block.
         """
 
-        def run(n: int) -> tuple[Tensor, dict[str, Tensor]]:
+        def run(n: int) -> tuple[Tensor, dict[str, Any]]:
             seen: dict[str, Tensor] = {}
             self._thread.seen = seen
             with torch.no_grad():
                 outcome = forward(hidden[n : n + 1])
             del self._thread.seen
-            return outcome[0], seen
+            return outcome[0], {tap: measure(tap, rows) for tap, rows in seen.items()} if measure else seen
 
         behind = torch.empty_like(hidden, dtype=self.dtype)
         shape = hidden.shape[1:]
@@ -305,21 +308,23 @@ class Decoder:
         """This part of the model's answer, [N, T, ...], for the hidden state behind the last block."""
         tensors = {inside: _take(outer, name, self.where) for inside, name in self._outputs.items()}
 
-        def run(n: int) -> Tensor:
-            ours = hidden[n : n + 1].to(self.device, self.dtype)
+        def run(some: slice) -> Tensor:
+            ours = hidden[some].to(self.device, self.dtype)
             outcome = self._forward(lambda b, theirs, args, kwargs: theirs if b else ours, inputs_embeds=ours)
-            found: Tensor = outcome[answer][0]
+            found: Tensor = outcome[answer]
             return found
 
         with self._loaded(self._model, self._unread | tensors):
             return self._stack(run, len(hidden), hidden.device)
 
-    def _stack(self, run: Callable[[int], Tensor], count: int, device: torch.device) -> Tensor:
-        """run(0), run(1) ... in one tensor, without holding them twice."""
+    def _stack(self, run: Callable[[slice], Tensor], count: int, device: torch.device, at_once: int = 1) -> Tensor:
+        """What `run` gives for so many of `count` sequences at a time, in one tensor, without holding it twice."""
         stacked: Tensor | None = None
-        for n, one in enumerate(self.workers.map(run, range(count))):
-            stacked = torch.empty(count, *one.shape, dtype=one.dtype, device=device) if stacked is None else stacked
-            stacked[n] = one
+        pieces = [slice(n, n + at_once) for n in range(0, count, at_once)]
+        for some, found in zip(pieces, self.workers.map(run, pieces), strict=True):
+            if stacked is None:
+                stacked = torch.empty(count, *found.shape[1:], dtype=found.dtype, device=device)
+            stacked[some] = found
         assert stacked is not None, "no rows were given"
         return stacked
 

@@ -65,7 +65,9 @@ def calibrate_block(
     and how many sequences.
     """
     found = _Found(decoder, gram_for, counted_for=counted_for)
-    behind = decoder.run_block(b, tensors, hidden, found.add, watch_cache=watch_cache)
+    behind = decoder.run_block(
+        b, tensors, hidden, found.add, watch_cache=watch_cache, measure=lambda _, rows: RowSums(rows)
+    )
     for n, one in enumerate(behind):
         found.check(n, one)
     found.refuse_bad(f"{decoder.where} block {b}", len(hidden), skip_bad_rows)
@@ -102,13 +104,18 @@ def calibrate_chain(
             first[n] = {tap: rows for tap, rows in seen.items() if tap in drift_for and (taps is None or tap in taps)}
 
         def add(
-            n: int, seen: Mapping[str, Tensor], start: int = start, first: dict[int, Mapping[str, Tensor]] = first
+            n: int,
+            seen: Mapping[str, RowSums | None],
+            start: int = start,
+            first: dict[int, Mapping[str, Tensor]] = first,
         ) -> None:
-            seen = {tap: rows for tap, rows in seen.items() if taps is None or tap in taps}
-            found.add(start + n, seen, first.pop(n))
+            found.add(start + n, {tap: rows for tap, rows in seen.items() if rows}, first.pop(n))
+
+        def measure(tap: str, rows: Tensor) -> RowSums | None:
+            return RowSums(rows) if taps is None or tap in taps else None
 
         before = decoder.run_block(b, tensors, original[piece], keep)
-        behind = decoder.run_block(b, own, chain[piece], add, activations, rounding, watch_cache)
+        behind = decoder.run_block(b, own, chain[piece], add, activations, rounding, watch_cache, measure)
         for n, (one, other) in enumerate(zip(before, behind, strict=True)):
             found.check(start + n, one)
             found.check(start + n, other)
@@ -131,16 +138,15 @@ class _Found:
         self._gram_for, self._drift_for, self._counted_for = gram_for, drift_for, counted_for or {}
         self._collectors: dict[str, Collector] = {}
 
-    def add(self, n: int, seen: Mapping[str, Tensor], original: Mapping[str, Tensor] | None = None) -> None:
+    def add(self, n: int, seen: Mapping[str, RowSums], original: Mapping[str, Tensor] | None = None) -> None:
         """Add sequence n as the taps saw it; original: as they saw it in the original, for drifts."""
-        found = dict(zip(seen, self._workers.map(RowSums, seen.values()), strict=True))
-        broken = [tap for tap, one in found.items() if not one.are_finite()]
+        broken = [tap for tap, one in seen.items() if not one.are_finite()]
         broken += [tap for tap, rows in (original or {}).items() if not _is_finite(rows)]
         if broken:
             self.bad[n] = broken[0]
             return
         steps = []
-        for tap, one in found.items():
+        for tap, one in seen.items():
             if tap not in self._collectors:
                 self._collectors[tap] = Collector(
                     columns=one.rows.shape[-1],

@@ -20,7 +20,7 @@ from torch import Tensor
 from converter import histogram
 from converter.errors import NumericsError
 from quantkernels import gram as grams
-from quantkernels import sums
+from quantkernels import sums, symmetric
 
 # Columns per accumulation step. It fixes the shapes of the matrix products, hence the bits of the result, so it must
 # not follow the number of workers. Only the part right of each stripe's left edge is computed: half the work.
@@ -164,7 +164,7 @@ class TapStats:
             "maximum": self.maximum,
         }
         if self.gram is not None:
-            tensors["gram_upper"] = _upper_triangle(self.gram)
+            tensors["gram_upper"] = symmetric.pack(self.gram)
         if self.drift is not None:
             tensors["drift"] = self.drift
         if self.histogram is not None:
@@ -181,7 +181,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> TapStats:
         abs_max=tensors["abs_max"],
         minimum=tensors["minimum"],
         maximum=tensors["maximum"],
-        gram=_from_upper_triangle(tensors["gram_upper"], len(tensors["abs_max"])) if "gram_upper" in tensors else None,
+        gram=symmetric.unpack(tensors["gram_upper"], len(tensors["abs_max"])) if "gram_upper" in tensors else None,
         drift=tensors.get("drift"),
         histogram=tensors.get("histogram"),
     )
@@ -283,7 +283,7 @@ class Collector:
         """The statistics of everything added; the collector's buffers become theirs, so it is not used after this."""
         assert self.rows > 0, "no rows were added"
         if self.gram is not None:
-            _mirror(self.gram)
+            symmetric.mirror(self.gram)
         return TapStats(
             rows=self.rows,
             sum_squares=self.sum_squares,
@@ -331,32 +331,3 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
         return None
     assert first.shape == second.shape, (first.shape, second.shape)
     return first + second
-
-
-def _mirror(gram: Tensor) -> None:
-    """Make `gram` symmetric in place from its upper triangle, stripe by stripe so that no second matrix exists."""
-    for start in range(0, len(gram), STRIPE_COLUMNS):
-        stop = start + STRIPE_COLUMNS
-        square = gram[start:stop, start:stop]
-        square.copy_(square.triu() + square.triu(1).T)
-        gram[stop:, start:stop] = gram[start:stop, stop:].T
-
-
-def _upper_triangle(gram: Tensor) -> Tensor:
-    columns = len(gram)
-    upper = gram.new_empty(columns * (columns + 1) // 2)
-    offset = 0
-    for i in range(columns):
-        upper[offset : offset + columns - i] = gram[i, i:]
-        offset += columns - i
-    return upper
-
-
-def _from_upper_triangle(upper: Tensor, columns: int) -> Tensor:
-    gram = upper.new_zeros(columns, columns)
-    offset = 0
-    for i in range(columns):
-        gram[i, i:] = upper[offset : offset + columns - i]
-        offset += columns - i
-    _mirror(gram)
-    return gram

@@ -41,16 +41,18 @@ class Workers:
             ThreadPoolExecutor(count, "worker", initializer=torch.set_num_threads, initargs=(1,)) if count > 1 else None
         )
 
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """`function` of each item, in order of the items; at most `count` results are under way or waiting.
+    def map(
+        self, function: Callable[[Item], Result], items: Iterable[Item], ahead: int | None = None
+    ) -> Iterator[Result]:
+        """`function` of each item, in order of the items; at most `ahead` results, `count`, are under way or waiting.
 
-        A map may run while the results of another are consumed, not inside `function`.
+        A map may run while the results of another are consumed or its items made, not inside `function`.
         """
         with row_threads(1):
             if self._pool is None:
                 yield from map(function, items)
             else:
-                yield from _in_order(self._pool, self.count, function, items)
+                yield from _in_order(self._pool, ahead or self.count, function, items)
 
 
 def _in_order(

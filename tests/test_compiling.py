@@ -16,7 +16,7 @@ import torch
 from numba.core.dispatcher import Dispatcher
 
 from patience import PATIENCE_SECONDS
-from quantkernels import columns, ggml, gram, hadamard, scales, sums
+from quantkernels import columns, ggml, gram, hadamard, scales, sums, symmetric
 from quantkernels.compiling import compiled, digest
 from quantkernels.compiling import kernel as made_kernel
 from quantkernels.ggml import TYPES
@@ -146,10 +146,10 @@ def test_every_kernel_is_called_with_one_signature() -> None:
                     ggml.quantize(weight.numpy(), name, None if weights is None else weights.numpy(), search=search)
     for rows, width, group_size in ((1, 1, 1), (3, 100, 100), (40, 304, 32), (2, 129, 129), (1, 8, 8)):
         weight, importance = torch.randn(rows, width, generator=random), torch.rand(width, generator=random)
-        for symmetric in (True, False):
+        for centred in (True, False):
             for weights in (None, importance):
                 scale_OG, zero_OG = scales.search(
-                    weight, weights, group_size=group_size, low=-8, high=7, symmetric=symmetric, threads=2
+                    weight, weights, group_size=group_size, low=-8, high=7, symmetric=centred, threads=2
                 )
                 scales.errors(weight, weights, scale_OG, zero_OG, group_size=group_size, low=-8, high=7, threads=2)
         for given in (weight, weight.T.contiguous().T):  # the same values, row after row or column after column
@@ -162,6 +162,8 @@ def test_every_kernel_is_called_with_one_signature() -> None:
             hadamard.spread(given, threads=2)
             hadamard.spread(given, inverse=True)
             sums.of_columns(given)
+            square = torch.randn(given.shape[1], given.shape[1]).T
+            symmetric.mirror(symmetric.unpack(symmetric.pack(square), len(square)))
             if gram.available():
                 gram.add(torch.zeros(given.shape[1], given.shape[1]), given)
     found = kernels()

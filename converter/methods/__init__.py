@@ -86,8 +86,7 @@ class Options:
     """What a target says about its methods; see docs/manifest.md for each.
 
     seed: what random choices follow from, the model's commit. sweeps is for measurements and has no word there: how
-    often gptq goes over the codes again. Two took 3 % (4 bits) to 12 % (2 bits) off the KL divergence and about as long
-    as all before them; more than that changed next to nothing. iterations, batch_size and learning_rate are
+    often gptq goes over the codes again; None is its own choice. iterations, batch_size and learning_rate are
     autoround's; without a rate it is 1 / iterations. device: where gptq factorizes and solves. products: the type of
     its large products. threads: over which it spreads rows and blocks of columns; they change no bit.
     """
@@ -95,7 +94,7 @@ class Options:
     importance: bool = False
     smoothing_strength: float = 0.8
     damping: float = 0.01
-    sweeps: int = 2
+    sweeps: int | None = None
     iterations: int = 200
     batch_size: int = 8
     learning_rate: float | None = None
