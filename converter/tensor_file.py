@@ -1,14 +1,14 @@
 """Tensors in a file that is either whole or not there: what one step leaves for the next.
 
-Written under a temporary name, flushed to the disk, then renamed: a kill at any moment leaves no half file under the
-final name, and two writers of the same file do not meet. A read tensor is a view of the mapped file, so that rows of a
-hidden state can be read one by one; the price is that the pages read stay charged until memory is wanted elsewhere.
+Written under a temporary name, then renamed: a kill at any moment leaves no half file under the final name, and two
+writers of the same file do not meet. Who wants it on the disk before it goes on brings it there (see jobs/store.py). A
+read tensor is a view of the mapped file, so that rows of a hidden state can be read one by one; the price is that the
+pages read stay charged until memory is wanted elsewhere.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -64,8 +64,6 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
         safetensors.torch.save_file(
             {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, part, dict(metadata or {})
         )
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -88,8 +86,6 @@ def save_rows(path: Path, name: str, shape: tuple[int, int], slabs: Iterable[Ten
                 assert slab.dtype == torch.uint8 and slab.shape[1] == shape[1], (name, slab.shape, shape)
                 file.write(slab.contiguous().numpy().data)
             assert file.tell() - start == size, (name, file.tell() - start, size)
-            file.flush()
-            os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -31,7 +31,7 @@ from converter.caches import KEYS, VALUES
 from converter.errors import SourceError
 from converter.stats import Counted, histogram_of_tap
 from jobs.needs import statistics_disk
-from jobs.store import write_json
+from jobs.store import sync_folder, write_json
 from jobs.task import RECIPES, Task
 from jobs.work import Work
 
@@ -145,6 +145,8 @@ def put(work: Work, block: int, kept: Kept, asked: Asked) -> None:
         write_json(folder / "about.json", identity(work))
     metadata = {"asked": asked.to_json(), "skipped": str(kept.skipped), CONTENT: _digest(tensors)}
     tensor_file.save(path, tensors, metadata)
+    for one in (path, folder):
+        sync_folder(one)
 
 
 @dataclass(frozen=True, kw_only=True)

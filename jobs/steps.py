@@ -49,7 +49,7 @@ def run(task: Task, store: Store, threads: int, tell: Tell | None = None) -> Out
     torch.set_num_threads(1)  # BLAS promises the same bits only on the same number; `threads` are our own workers
     try:
         assert isinstance(task.work, Work)
-        with store.attempt(task.key) as (folder, record), torch.no_grad():
+        with store.attempt(task.key, durable=not task.temporary) as (folder, record), torch.no_grad():
             reporter = store.reporter(task.key)
             attempt = Attempt(
                 task=task,

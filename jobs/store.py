@@ -126,11 +126,12 @@ class Store:
         return True
 
     @contextmanager
-    def attempt(self, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    def attempt(self, key: str, durable: bool = True) -> Iterator[tuple[Path, dict[str, Any]]]:
         """A fresh folder for a task's files and a record for its done.json; both become the output when the body ends.
 
         The record is given the list of the files, with sizes and sha256. When the body raises, the folder is removed
-        and nothing else changes.
+        and nothing else changes. durable: the output is on the disk before it has its name. Otherwise it gets there
+        when the system sees fit; what a loss of power takes then is found damaged and made again.
         """
         folder = self.work / "attempts" / f"{key}.{uuid.uuid4().hex[:8]}"
         folder.mkdir(parents=True)
@@ -138,8 +139,9 @@ class Store:
         try:
             yield folder, record
             record["files"] = list_files(folder)
-            write_json(folder / "done.json", {"record": record, "sha256": _digest(record)})
-            sync_tree(folder)
+            write_json(folder / "done.json", {"record": record, "sha256": _digest(record)}, durable)
+            if durable:
+                sync_tree(folder)
             self._commit(folder, self.output(key))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -232,19 +234,20 @@ class Reporter:
         temporary.rename(self._path)
 
 
-def write_json(path: Path, data: object) -> None:
+def write_json(path: Path, data: object, durable: bool = True) -> None:
     """Write JSON with stable key order, whole or not at all."""
     text = json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    write_text(path, text + "\n", durable)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+def write_text(path: Path, text: str, durable: bool = True) -> None:
+    """Write a text file, whole or not at all; durable: also where the power fails."""
     temporary = path.with_name(f".{path.name}.new")  # one name, so that what a killed run left is written over
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     temporary.rename(path)
 
 

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converter import tensor_file
 from converter.hub_calls import Tell
 from converter.progress import Event
 from jobs.drive import CONNECTIONS, drive
@@ -213,6 +215,18 @@ def test_the_same_task_finished_twice_is_harmless(tmp_path: Path) -> None:
     assert store.record("quantize-1")["which"] == "early"
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_stays_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    with Store(run=tmp_path).attempt("quantize-1", durable) as (folder, _):
+        tensor_file.save(folder / "deep.safetensors", {"one": torch.ones(3)})
+    wanted = {str(folder), str(folder / "deep.safetensors"), str(folder / "done.json")}
+    assert wanted & set(flushed) == (wanted if durable else set())
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.sets(st.integers(0, 7), max_size=3), min_size=1, max_size=8),
@@ -297,6 +311,7 @@ class Reading(Recorder):
 DAMAGE: Mapping[str, Callable[[Path], object]] = {
     "flipped": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
     "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),  # what a loss of power leaves of what was not flushed
     "gone": lambda path: path.unlink(),
 }
 
