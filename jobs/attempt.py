@@ -20,7 +20,7 @@ from converter.methods.tables import folds, reorders, turns
 from converter.pooling import declared_pooling
 from jobs.store import Report, Store
 from jobs.task import Task
-from jobs.texts import text_rows
+from jobs.texts import planned_rows, text_rows
 from jobs.work import Model, Work
 
 PRODUCTS = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -72,7 +72,11 @@ def calibrating(attempt: Attempt, model: Model) -> Decoder:
 
 def rows_of(attempt: Attempt, model: Model, settings: Calibration | Evaluation) -> Tensor:
     """The token rows [N, T] of the text that the manifest names."""
-    return text_rows(settings, model.snapshot.folder, model.name, attempt.store.downloads, closed=model.encodes)
+    texts, folder, cache = attempt.work.texts, model.snapshot.folder, attempt.store.downloads
+    is_calibration = isinstance(settings, Calibration)
+    sha256 = texts.calibration_sha256 if is_calibration else texts.evaluation_sha256
+    read = partial(text_rows, settings, folder, model.name, cache, closed=model.encodes)
+    return planned_rows(sha256, read, f"{settings.text} for model '{model.name}'")
 
 
 def hidden_before(

@@ -18,7 +18,6 @@ from pathlib import Path
 from converter import dataset, hub, signing
 from converter.adapt import adapt, untied
 from converter.architecture import COMPUTED, check_blocks, code_notes, find
-from converter.calibration import digest
 from converter.containers import ArtifactPlan
 from converter.containers.tables import CONTAINERS
 from converter.errors import HubmillError, SourceError, UnsupportedError
@@ -38,7 +37,7 @@ from jobs.needs import disk_bytes, embedding_shape, streams
 from jobs.planner import Plan, build
 from jobs.store import Store
 from jobs.task import Task
-from jobs.texts import text_rows
+from jobs.texts import remember, text_rows
 from jobs.work import Model, PlannedJob, Signed, Texts
 from quantkernels import processor
 
@@ -263,7 +262,7 @@ def _texts(manifest: Manifest, unread: HubmillError | None, model: Model, store:
             what = f"the tokenizer gives token {largest}, and the embedding has {table} rows"
             remedy = "Tokenizer and weights are of different models: fetch both again"
             raise SourceError(f"model '{model.name}'", what, remedy)
-        digests = [digest(tokens) for tokens in rows]
+        digests = [remember(tokens) for tokens in rows]
     return Texts(
         calibration=_with_precision(manifest.calibration, model, device),
         calibration_sha256=digests[0],

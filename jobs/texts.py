@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
 from converter import calibration, dataset
+from converter.errors import SourceError
 from converter.manifest import Calibration, Evaluation
 from converter.tokenizer import tokenizer
+
+REMEMBERED = 8  # sets of rows, 8 bytes a token
+
+_at_hand: dict[str, Tensor] = {}  # token rows by digest, so that not every task of a process tokenizes the text again
 
 
 def text_rows(
@@ -40,3 +46,21 @@ def text_rows(
         loaded.prefix,
         loaded.suffix if closed else (),
     )
+
+
+def remember(rows: Tensor) -> str:
+    """Keep token rows at hand for later tasks in this process; returns their digest."""
+    sha256 = calibration.digest(rows)
+    _at_hand.pop(sha256, None)
+    while len(_at_hand) >= REMEMBERED:
+        del _at_hand[next(iter(_at_hand))]
+    _at_hand[sha256] = rows
+    return sha256
+
+
+def planned_rows(sha256: str, read: Callable[[], Tensor], where: str) -> Tensor:
+    """The token rows of this digest: those at hand, or what `read` gives. Raises SourceError when that is another."""
+    if sha256 not in _at_hand and (found := remember(read())) != sha256:
+        what = f"its token rows are not those that the run was planned with ({found[:12]}, not {sha256[:12]})"
+        raise SourceError(where, what, "Leave text and tokenizer as they are while a run lasts, and run again")
+    return _at_hand[sha256]
