@@ -1,9 +1,9 @@
 """Columns: choosing a weight's codes one column after the other against a Hessian, on a frame that stays as it is.
 
 `solve` is GPTQ's loop, which rounds a column and corrects those not yet rounded; `refine` is coordinate descent, which
-goes back to columns that were, and to scales. Blocks of 128 columns are worked on in a kernel; in front of each, one
-matrix product corrects its columns for all blocks before it. The alternative, the same loops in torch, launches some
-ten operations per column: 5 times the time and more on a CPU.
+goes back to columns that were, and to scales; `restore_gain` stretches rows that came out too small. Blocks of 128
+columns are worked on in a kernel; in front of each, one matrix product corrects its columns for all blocks before it.
+The alternative, the same loops in torch, launches some ten operations per column: 5 times the time and more on a CPU.
 
 # O out, I in, G groups of a row.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from quantkernels.columns import points, reference, reference_points
 from quantkernels.columns.descent import Descent, Move, begin, sweep
 from quantkernels.columns.frame import AnyFrame, Frame, Ladder, PointFrame, join_code, on, split, split_code, stack
+from quantkernels.columns.gain import restore_gain
 from quantkernels.columns.root import Root, root_of
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "join_code",
     "on",
     "refine",
+    "restore_gain",
     "root_of",
     "solve",
     "split",
