@@ -72,7 +72,7 @@ class _Linear:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Alike:
-    """Linears that read one tap and have frames of one kind, to be solved as one matrix; note: what was not as asked"""
+    """Linears of one tap with frames of one kind, which are solved as one matrix; note: what was not as asked."""
 
     linears: list[_Linear]
     factor: Factor
