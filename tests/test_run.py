@@ -170,9 +170,9 @@ def test_every_step_declares_what_it_reads(place: Path, monkeypatch: pytest.Monk
         return record(store, key)
 
     @contextmanager
-    def attempting(store: Store, key: str) -> Iterator[tuple[Path, dict[str, object]]]:
+    def attempting(store: Store, key: str, durable: bool = True) -> Iterator[tuple[Path, dict[str, object]]]:
         now.append(key)
-        with attempt(store, key) as found:
+        with attempt(store, key, durable) as found:
             yield found
         now.pop()
 

@@ -86,15 +86,18 @@ class Options:
     """What a target says about its methods; see docs/manifest.md for each.
 
     seed: what random choices follow from, the model's commit. sweeps is for measurements and has no word there: how
-    often gptq goes over the codes again; None is its own choice. iterations, batch_size and learning_rate are
-    autoround's; without a rate it is 1 / iterations. device: where gptq factorizes and solves. products: the type of
-    its large products. threads: over which it spreads rows and blocks of columns; they change no bit.
+    often gptq goes over the codes again; None is its own choice. gain: whether gptq gives rows of few values back what
+    rounding took off their output; what is learned from there on begins without. iterations, batch_size and
+    learning_rate are autoround's; without a rate it is 1 / iterations. device: where gptq factorizes and solves.
+    products: the type of its large products. threads: over which it spreads rows and blocks of columns; they change no
+    bit.
     """
 
     importance: bool = False
     smoothing_strength: float = 0.8
     damping: float = 0.01
     sweeps: int | None = None
+    gain: bool = True
     iterations: int = 200
     batch_size: int = 8
     learning_rate: float | None = None

@@ -48,7 +48,7 @@ def autoround(block: Block, grids: Mapping[str, Grid], options: Options) -> Roun
     """
     measured = any(stats.gram is not None for stats in block.stats.values())
     rounder = gptq if measured else round_to_nearest
-    start = block.start or rounder(block, grids, replace(options, importance=True))
+    start = block.start or rounder(block, grids, replace(options, importance=True, gain=False))
     rows = block.rows
     if rows is None:
         return start

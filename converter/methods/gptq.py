@@ -99,7 +99,7 @@ def gptq(block: Block, grids: Mapping[str, Grid], options: Options) -> Rounded:
     threads = options.threads if torch.device(options.device).type == "cpu" else 1
     preparing, solving = Workers(threads), Workers(threads)  # two: nothing is made ready behind what waits for it
     pieces = (piece for alike in _to_solve(block, grids, options, preparing) for piece in _pieces(alike))
-    solved = solving.map(partial(_solve_rows, sweeps=options.sweeps), pieces, ahead=AHEAD * threads)
+    solved = solving.map(partial(_solve_rows, options=options), pieces, ahead=AHEAD * threads)
     for alike, rows in groupby(solved, itemgetter(0)):
         coded.update(_joined(alike, [(frame, codes) for _, frame, codes in rows]))
         notes.update({linear.name: alike.note for linear in alike.linears if alike.note})
@@ -192,15 +192,15 @@ def _pieces(alike: _Alike) -> Iterator[_Piece]:
         yield alike, piece_OI, frame
 
 
-def _solve_rows(piece: _Piece, sweeps: int | None) -> _Solved:
+def _solve_rows(piece: _Piece, options: Options) -> _Solved:
     """The frame, with better scales where it may have others, and the codes; solved where the factor is."""
     alike, weight_OI, frame = piece
     factor = alike.factor
     there_OI, rough_II = weight_OI.to(factor.hessian_II.device), factor.rough_hessian_II
     codes = columns.solve(there_OI, factor.root, frame, factor.order_I)
-    times = _sweeps(frame) if sweeps is None else sweeps
-    better, codes = columns.refine(there_OI, factor.hessian_II, frame, codes, sweeps=times, rough_hessian=rough_II)
-    if times and _is_coarse(frame):
+    sweeps = _sweeps(frame) if options.sweeps is None else options.sweeps
+    better, codes = columns.refine(there_OI, factor.hessian_II, frame, codes, sweeps=sweeps, rough_hessian=rough_II)
+    if sweeps and options.gain and _is_coarse(frame):
         better = columns.restore_gain(there_OI, rough_II, better, codes)
     return alike, columns.on(better, weight_OI.device), codes.to(weight_OI.device)
 
