@@ -5,8 +5,8 @@
     nvfp4   E2M1, an E4M3 scale for 16, divided by one number for the tensor: 6 * 448 / largest
 
 A scale is searched among the storable ones around that of the largest weight, for the least squared error weighted by
-importance: a few levels cut off at the top often buy finer steps below. The usual rule, the largest weight to the
-largest level, is among the candidates.
+importance and by sqrt(w^2 + mean w^2) of a weight (why: see quantkernels.scales): a few levels cut off at the top often
+buy finer steps below. The usual rule, the largest weight to the largest level, is among the candidates.
 """
 
 # O out, I in (columns), G groups of a row, N columns of a group
@@ -105,13 +105,16 @@ class MicroGrid:
 
     def _chunk(self, weight_OI: Tensor, importance: Tensor | None, divisor: Tensor | None) -> dict[str, Tensor]:
         grouped_OGN = self._grouped(weight_OI)
-        share_GN = 1.0 if importance is None else importance.reshape(-1, self.group_size)
+        squares_OGN = grouped_OGN.square()
+        share_OGN = squares_OGN.add_(squares_OGN.mean(-1, keepdim=True)).sqrt_()
+        if importance is not None:
+            share_OGN *= importance.reshape(-1, self.group_size)
         best: dict[str, Tensor] = {}
         least_OG: Tensor | None = None
         for scale_OG in self._candidates(grouped_OGN.abs().amax(-1), divisor):
             value_OG1 = self._value(scale_OG, divisor)[:, :, None]
             codes_OGN, levels_OGN = self._nearest(grouped_OGN / torch.where(value_OG1 == 0, torch.inf, value_OG1))
-            error_OG = (levels_OGN * value_OG1 - grouped_OGN).square_().mul_(share_GN).sum(-1)
+            error_OG = (levels_OGN * value_OG1 - grouped_OGN).square_().mul_(share_OGN).sum(-1)
             if least_OG is None:
                 best, least_OG = {"codes": codes_OGN, "scale": scale_OG}, error_OG
                 continue

@@ -198,6 +198,8 @@ def _solve_rows(piece: _Piece, options: Options) -> _Solved:
     factor = alike.factor
     there_OI, rough_II = weight_OI.to(factor.hessian_II.device), factor.rough_hessian_II
     codes = columns.solve(there_OI, factor.root, frame, factor.order_I)
+    if factor.unit is None:  # nothing is known to go over them by
+        return alike, frame, codes.to(weight_OI.device)
     sweeps = _sweeps(frame) if options.sweeps is None else options.sweeps
     better, codes = columns.refine(there_OI, factor.hessian_II, frame, codes, sweeps=sweeps, rough_hessian=rough_II)
     if sweeps and options.gain and _is_coarse(frame):

@@ -1,5 +1,10 @@
 """Scales: for each group of a row, the step (and zero point) with the least weighted squared error.
 
+An error counts by the importance of its column and by sqrt(w^2 + mean w^2) of its weight w, the mean that of its group:
+large weights tend to stand where inputs say more, and squares alone cut them off for the sake of the many small ones.
+That is how ggml searches its scales, too. Beside squares alone it takes 5 to 11 % off the KL divergence of rounding to
+nearest (geometric mean of three models, groups of 128 and 32 columns, at 4, 3 and 2 bits) for 3 to 6 % more square.
+
 With codes c fixed, the best scale is sum(w x c) / sum(w c c), and it removes sum(w x c)^2 / sum(w c c) from the error:
 one pass over a group scores a candidate *and* gives its closed-form scale. Some 70 candidates per group are tried, then
 16 more around the best. The alternative, a list of shrink factors scored by their error, needs a pass per candidate too
@@ -18,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantkernels.rows import over_rows
-from quantkernels.scales import reference
+from quantkernels.scales import reference, reference_floats
 
 Backend = Literal["cpu", "reference"]
 
@@ -102,6 +107,43 @@ def errors(
             ),
         )
     return torch.from_numpy(error_OG)
+
+
+def search_floats(
+    weight: Tensor,
+    importance: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    height: int,
+    width: int,
+    threads: int = 1,
+    backend: Backend = "cpu",
+) -> Tensor:
+    """The scales [P, Q] f32 of blocks of height x width weights whose codes are of `dtype`, a float of eight bits.
+
+    weight [O, I] f32, finite; importance [I] as for `search`. They have (about) the least weighted squared error among
+    scales that bring a block's largest weight into the upper half of what the type holds: there values lie as close,
+    beside their size, as anywhere, and which of them are hit is chance, of which fewer weights have more. A block of
+    zeros gets scale 0. A code is weight / scale rounded to nearest, and no larger than the largest.
+    """
+    rows, limits = _floats(weight), torch.finfo(dtype)
+    kind = reference_floats.float_of(top=limits.max, mantissa=round(-np.log2(limits.eps)), normal=limits.tiny)
+    scale_PQ = np.zeros((-(-rows.shape[0] // height), -(-rows.shape[1] // width)), np.float32)
+    share_I = _share_of_group(importance, rows.shape[1], width)
+    if backend == "reference":
+        reference_floats.search(rows, share_I, height, width, kind, scale_PQ)
+    else:
+        from quantkernels.scales import cpu_floats
+
+        inverse_K, (_, *numbers) = reference_floats.inverses(kind), kind.numbers()
+        over_rows(
+            len(scale_PQ),
+            threads,
+            lambda first, last: cpu_floats.search(
+                rows[first * height : last * height], share_I, height, width, scale_PQ[first:last], inverse_K, *numbers
+            ),
+        )
+    return torch.from_numpy(scale_PQ)
 
 
 def _floats(values: Tensor) -> NDArray[np.float32]:

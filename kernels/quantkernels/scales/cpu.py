@@ -89,6 +89,14 @@ def _range(x: Floats, share: Floats, n: int, low: Any, high: Any, symmetric: boo
 
 
 @compiled
+def _weigh_by_size(x: Floats, share: Floats, n: int, crest: Any) -> None:
+    """Multiplies shares by sqrt(x^2 + mean of x^2)."""
+    mean = ONE / (crest * crest)
+    for j in range(n):
+        share[j] = share[j] * np.sqrt(x[j] * x[j] + mean)
+
+
+@compiled
 def _best(
     x: Floats, share: Floats, n: int, low: Any, high: Any, inverse: Floats, zero: Floats, count: int, sums: Floats
 ) -> int:
@@ -153,6 +161,7 @@ def search(
                 continue
             whole, centre, crest = _range(x, share, n, low, high, symmetric)
             span = whole * (max(least_stop, by_crest * crest) - start)
+            _weigh_by_size(x, share, n, crest)
             for k in range(count):
                 inverse[k] = sign[k] * (whole * start + span * along[k])
                 zero[k] = min(max(centre + offset[k], low), high)
@@ -191,13 +200,19 @@ def errors(
             n = min(group_size, weight_OI.shape[1] - first)
             scale, zero = scale_OG[o, g], zero_OG[o, g]
             divisor = scale if scale != ZERO else np.float32(np.inf)
+            whole, squares = 0.0, 0.0
+            for j in range(first, first + n):
+                whole += np.float64(importance_I[j])
+                squares += np.float64(importance_I[j]) * np.float64(weight_OI[o, j]) ** 2
+            mean = squares / whole if whole > 0.0 else 0.0
             lanes[:] = 0.0
             for start in range(first, first + n, 8):
                 for k in range(min(8, first + n - start)):
                     w = weight_OI[o, start + k]
                     steps = _code(w / divisor, low - zero, high - zero)
                     difference = np.float64(w) - np.float64(steps * scale)
-                    lanes[k] += np.float64(importance_I[start + k]) * difference * difference
+                    size = np.sqrt(np.float64(w) * np.float64(w) + mean)
+                    lanes[k] += np.float64(importance_I[start + k]) * size * difference * difference
             total = 0.0
             for k in range(8):
                 total += lanes[k]

@@ -19,6 +19,7 @@ Floats = NDArray[np.float32]
 ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to nearest even, up to 2**22
 COARSE = 64  # candidates of a symmetric group; with 256 the error of a Gaussian falls by 0.3 % and the time quadruples
 SHRINKS = 24  # candidates of an asymmetric group, each with three zero points
+TINY = np.finfo(np.float64).tiny
 FINE = 16  # candidates around the best one
 
 
@@ -100,8 +101,10 @@ def errors(
         weight = weight_OI[:, columns]
         with np.errstate(all="ignore"):
             steps = np.clip(np.where(scale == 0, np.float32(0), weight / scale), low - zero, high - zero)
-        difference = weight.astype(np.float64) - (np.rint(steps) * scale).astype(np.float64)
-        error_OG[:, g] = (importance_I[columns].astype(np.float64) * difference * difference).sum(1)
+        share, wide = importance_I[columns].astype(np.float64), weight.astype(np.float64)
+        size = np.sqrt(wide**2 + ((share * wide**2).sum(1) / max(share.sum(), TINY))[:, None])
+        difference = wide - (np.rint(steps) * scale).astype(np.float64)
+        error_OG[:, g] = (share * size * difference * difference).sum(1)
 
 
 def _search_groups(weight_BN: Floats, share_BN: Floats, plan: Plan) -> tuple[Floats, Floats]:
@@ -122,6 +125,7 @@ def _search_groups(weight_BN: Floats, share_BN: Floats, plan: Plan) -> tuple[Flo
             inverse_B = np.float32(plan.high - plan.low) / (maximum_B - minimum_B)
             zero_B = np.float32(plan.low) - ((minimum_B * inverse_B + ROUND) - ROUND)
         span_B = inverse_B * (stop_B - plan.start)
+        share_BN = share_BN * np.sqrt(x_BN * x_BN + (np.float32(1) / (crest_B * crest_B))[:, None])
         inverse_BK = plan.sign * (inverse_B[:, None] * plan.start + span_B[:, None] * plan.along)
         zero_BK = np.clip(zero_B[:, None] + plan.offset, plan.low, plan.high).astype(np.float32)
         error_B, scale_B, inverse_B, zero_B = _best(x_BN, share_BN, inverse_BK, zero_BK, plan)
