@@ -234,7 +234,7 @@ def test_values_follow_what_awq_folds_into_the_linear_that_makes_them(finished: 
     original = open_folder(model, "test")
     name = "model.layers.0.self_attn.v_proj.weight"
     norm = "model.layers.0.input_layernorm.weight"
-    columns = opened.read(norm).float() / original.read(norm).float()  # the norm before it takes up what its columns give
+    columns = opened.read(norm).float() / original.read(norm).float()  # the norm takes up what they give
     ratio = (opened.read(name) * columns).norm(dim=1) / original.read(name).float().norm(dim=1)
     assert float((ratio - 1).abs().max()) > 0.05  # it folded something
     architecture = find(original.config, "test").fitted(original.config, original.tensors, "test")
