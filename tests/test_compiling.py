@@ -153,7 +153,8 @@ def test_every_kernel_is_called_with_one_signature() -> None:
                 )
                 scales.errors(weight, weights, scale_OG, zero_OG, group_size=group_size, low=-8, high=7, threads=2)
         for weights in (None, importance):
-            scales.search_floats(weight, weights, torch.float8_e4m3fn, height=2, width=group_size, threads=2)
+            scales.search_floats(weight, weights, scales.E4M3, height=2, width=group_size, threads=2)
+            scales.choose_float(weight, weights, torch.ones(rows, 1, 3), scales.E2M1, threads=2)
         for given in (weight, weight.T.contiguous().T):  # the same values, row after row or column after column
             for frame in all_frames(rows, width):
                 order = torch.arange(width).flip(0) if frame.together == 1 else torch.arange(width)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from torch import Tensor
 from converter.errors import NumericsError, UnsupportedError
 from converter.grids import Coded, Grid, observers
 from converter.grids.affine import AffineGrid, per_row
-from converter.grids.floats import TYPES, Fp8Grid
+from converter.grids.floats import KINDS, TYPES, Fp8Grid
+from converter.grids.micro import LEVELS
 from converter.grids.plain import DTYPES
 from quantkernels import scales
 
@@ -356,7 +358,7 @@ def test_the_search_for_scales_of_floats_has_the_bits_of_its_reference(
     weight[:height] *= torch.tensor([0.0, 1e-6])[random.integers(0, 2, (1, columns))]
     importance = torch.from_numpy((random.random(columns) * (random.random(columns) > 0.2)).astype("f"))
     for share in (None, importance, torch.zeros(columns)):
-        given = (weight, share, TYPES[values])
+        given = (weight, share, KINDS[values])
         expected = scales.search_floats(*given, height=height, width=width, backend="reference")
         for threads in (1, 3):
             assert torch.equal(scales.search_floats(*given, height=height, width=width, threads=threads), expected)
@@ -394,3 +396,38 @@ def test_floats_of_zeros_and_of_the_smallest_weights_stay_what_they_are() -> Non
         decoded = grid.decode(parts)
         assert bool(decoded.isfinite().all()) and bool((parts["scale"] > 0).all())
         assert bool((decoded[0] == 0).all()) and float(decoded[2, 0]) == pytest.approx(3e38, rel=0.07)
+
+
+@pytest.mark.parametrize(("values", "width", "candidates"), [("mxfp4", 32, 3), ("mxfp8", 32, 3), ("nvfp4", 16, 11)])
+def test_the_choice_among_coded_scales_has_the_bits_of_its_reference_and_the_least_error(
+    values: Literal["mxfp4", "mxfp8", "nvfp4"], width: int, candidates: int
+) -> None:
+    random = np.random.default_rng(width + candidates)
+    weight = torch.from_numpy(random.standard_t(3, (9, 4 * width)).astype("f"))
+    weight[0], weight[1, :width] = 0, 0
+    importance = torch.from_numpy((random.random(4 * width) * (random.random(4 * width) > 0.4)).astype("f"))
+    importance[:width] = 0
+    largest_OG = weight.reshape(9, 4, width).abs().amax(2)
+    given = largest_OG[:, :, None] / 6 * torch.linspace(0.3, 1.5, candidates)
+    kind = scales.E4M3 if values == "mxfp8" else scales.E2M1
+    for share in (None, importance):
+        expected = scales.choose_float(weight, share, given, kind, backend="reference")
+        for threads in (1, 3):
+            assert torch.equal(scales.choose_float(weight, share, given, kind, threads=threads), expected)
+        heavy = torch.ones(4 * width) if share is None else torch.where(torch.arange(4 * width) < width, 1.0, share)
+        groups = weight.reshape(9, 4, 1, width).double()
+        heavy_GN = heavy.reshape(4, 1, width).double()
+        mean = (groups.square() * heavy_GN).sum(3, keepdim=True) / heavy_GN.sum(2, keepdim=True)
+        scale = given[:, :, :, None].double()
+        levels = nearest_level(groups / torch.where(scale == 0, torch.inf, scale), values)
+        errors = ((levels * scale - groups).square() * heavy_GN * (groups.square() + mean).sqrt()).sum(3)
+        # f32 sums of 32 terms choose among equals
+        assert bool((errors.gather(2, expected[:, :, None])[:, :, 0] <= errors.amin(2) * (1 + 1e-5)).all())
+
+
+def nearest_level(steps: Tensor, values: str) -> Tensor:
+    """The levels nearest to steps, f64."""
+    if values == "mxfp8":
+        return steps.clamp(-448, 448).to(torch.float8_e4m3fn).double()
+    levels = torch.tensor(LEVELS, dtype=torch.float64)
+    return levels[(steps[..., None] - levels).abs().argmin(-1)]

@@ -23,6 +23,7 @@ from converter.schemes import Granularity
 from quantkernels import scales
 
 TYPES: Mapping[str, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+KINDS: Mapping[str, scales.Float] = {"e4m3": scales.E4M3, "e5m2": scales.E5M2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +83,8 @@ class Fp8Grid:
         else:
             height, width = self.sharing(*weight_OI.shape)
             threads = torch.get_num_threads()
-            scale_PQ = scales.search_floats(
-                weight_OI, importance, TYPES[self.values], height=height, width=width, threads=threads
-            )
+            kind = KINDS[self.values]
+            scale_PQ = scales.search_floats(weight_OI, importance, kind, height=height, width=width, threads=threads)
         return torch.where(scale_PQ == 0, 1.0, scale_PQ)
 
     def _spread(self, scale_PQ: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from converter.activations import FP4_LEVELS, FP4_MAX, FP8_MAX
 from converter.grids import Framed
 from converter.grids.parts import check_weights, row_chunks
+from quantkernels import scales
 from quantkernels.columns import Frame
 
 # Levels by code: E2M1 without its second zero, from -6 to 6.
@@ -105,29 +106,18 @@ class MicroGrid:
 
     def _chunk(self, weight_OI: Tensor, importance: Tensor | None, divisor: Tensor | None) -> dict[str, Tensor]:
         grouped_OGN = self._grouped(weight_OI)
-        squares_OGN = grouped_OGN.square()
-        share_OGN = squares_OGN.add_(squares_OGN.mean(-1, keepdim=True)).sqrt_()
-        if importance is not None:
-            share_OGN *= importance.reshape(-1, self.group_size)
-        best: dict[str, Tensor] = {}
-        least_OG: Tensor | None = None
-        for scale_OG in self._candidates(grouped_OGN.abs().amax(-1), divisor):
-            value_OG1 = self._value(scale_OG, divisor)[:, :, None]
-            codes_OGN, levels_OGN = self._nearest(grouped_OGN / torch.where(value_OG1 == 0, torch.inf, value_OG1))
-            error_OG = (levels_OGN * value_OG1 - grouped_OGN).square_().mul_(share_OGN).sum(-1)
-            if least_OG is None:
-                best, least_OG = {"codes": codes_OGN, "scale": scale_OG}, error_OG
-                continue
-            better_OG = error_OG < least_OG
-            least_OG = torch.where(better_OG, error_OG, least_OG)
-            best["codes"] = torch.where(better_OG[:, :, None], codes_OGN, best["codes"])
-            best["scale"] = torch.where(better_OG, scale_OG, best["scale"])
-        codes_OI = best["codes"].flatten(1)
+        coded_OGK = torch.stack(self._candidates(grouped_OGN.abs().amax(-1), divisor), -1)
+        values_OGK = self._value(coded_OGK, divisor)
+        kind = scales.E4M3 if self.values == "mxfp8" else scales.E2M1
+        threads = torch.get_num_threads()
+        best_OG1 = scales.choose_float(weight_OI, importance, values_OGK, kind, threads=threads)[:, :, None]
+        scale_OG, value_OG1 = coded_OGK.gather(2, best_OG1)[:, :, 0], values_OGK.gather(2, best_OG1)
+        codes_OI = self._nearest(grouped_OGN / torch.where(value_OG1 == 0, torch.inf, value_OG1)).flatten(1)
         if self.values == "mxfp8":
             codes_OI = codes_OI.view(torch.float8_e4m3fn)
         if divisor is not None:
-            best["scale"] = best["scale"].view(torch.float8_e4m3fn)
-        return {"codes": codes_OI, "scale": best["scale"]}
+            scale_OG = scale_OG.view(torch.float8_e4m3fn)
+        return {"codes": codes_OI, "scale": scale_OG}
 
     def _candidates(self, largest_OG: Tensor, divisor: Tensor | None) -> list[Tensor]:
         """Coded scales to try, u8 [O, G] (fp8 by its bits), the one of the usual rule first."""
@@ -140,11 +130,9 @@ class MicroGrid:
         steps = sorted(STEPS, key=abs)
         return [(first_OG.int() + step).clamp(0, highest).to(torch.uint8) for step in steps]
 
-    def _nearest(self, steps_OGN: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes i8 of the levels nearest to `steps` (fp8 by its bits), and those levels f32."""
+    def _nearest(self, steps_OGN: Tensor) -> Tensor:
+        """Codes i8 of the levels nearest to `steps` (fp8 by its bits)."""
         if self.values == "mxfp8":
-            codes = steps_OGN.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-            return codes.view(torch.int8), codes.float()
+            return steps_OGN.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.int8)
         levels = torch.tensor(LEVELS)
-        index = torch.bucketize(steps_OGN, (levels[1:] + levels[:-1]) / 2, out_int32=True)
-        return index.to(torch.int8), levels[index]
+        return torch.bucketize(steps_OGN, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.int8)

@@ -1,6 +1,6 @@
 """The search for scales of floats in numba: one candidate per SIMD lane, as in `cpu.py`, with the same promise.
 
-# O out, I in, P blocks of rows, Q blocks of columns, K candidates.
+# O out, I in, P blocks of rows, Q blocks of columns, G groups of a row, K candidates.
 """
 
 from __future__ import annotations
@@ -13,17 +13,22 @@ from numpy.typing import NDArray
 from quantkernels.compiling import compiled, kernel
 
 Floats = NDArray[np.float32]
-ZERO, ONE = np.float32(0), np.float32(1)
+ZERO, INFINITE = np.float32(0), np.float32(np.inf)
+
+
+@compiled
+def _nearest(steps: Any, kind: tuple[Any, Any, Any]) -> Any:
+    split, normal, centre = kind
+    wide = steps * split
+    code = wide - (wide - steps)
+    even = (steps + centre) - centre
+    return even if abs(steps) < normal else code
 
 
 @compiled
 def _add(sums: tuple[Any, Any, Any], steps: Any, share: Any, kind: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
     """A candidate's sums with one more weight."""
-    split, normal, centre = kind
-    wide = steps * split
-    code = wide - (wide - steps)
-    even = (steps + centre) - centre
-    code = even if abs(steps) < normal else code
+    code = _nearest(steps, kind)
     rest = steps - code
     shared, coded = share * rest, share * code
     return sums[0] + shared * rest, sums[1] + shared * code, sums[2] + coded * code
@@ -105,3 +110,50 @@ def search(
                     for k in range(lanes):
                         total[s, k] += np.float64(sums[s, k])
             scale_PQ[p, q] = _best(total, inverse) * largest
+
+
+@kernel
+def choose(
+    weight_OI: Floats,
+    share_I: Floats,
+    values_OGK: Floats,
+    group_size: int,
+    best_OG: NDArray[np.int64],
+    top: Any,
+    split: Any,
+    normal: Any,
+    centre: Any,
+) -> None:
+    """Fills best_OG; see `quantkernels.scales.choose_float`."""
+    kind, lanes = (split, normal, centre), values_OGK.shape[2]
+    ones = np.ones(group_size, np.float32)
+    divisor, error = np.empty(lanes, np.float32), np.empty(lanes, np.float32)
+    for g in range(values_OGK.shape[1]):
+        first = g * group_size
+        share = share_I[first : first + group_size]
+        if not share.any():
+            share = ones
+        whole = ZERO
+        for j in range(group_size):
+            whole += share[j]
+        for o in range(weight_OI.shape[0]):
+            weight, values = weight_OI[o, first : first + group_size], values_OGK[o, g]
+            squares = ZERO
+            for j in range(group_size):
+                squares += share[j] * weight[j] * weight[j]
+            mean = squares / whole
+            for k in range(lanes):
+                divisor[k] = values[k] if values[k] != ZERO else INFINITE
+                error[k] = ZERO
+            for j in range(group_size):
+                w = weight[j]
+                heavy = share[j] * np.sqrt(w * w + mean)
+                for k in range(lanes):
+                    steps = min(max(w / divisor[k], -top), top)
+                    off = _nearest(steps, kind) * values[k] - w
+                    error[k] += heavy * (off * off)
+            best = 0
+            for k in range(1, lanes):
+                if error[k] < error[best]:
+                    best = k
+            best_OG[o, g] = best

@@ -34,15 +34,18 @@ class Float:
         return self.top, self.split, self.normal, self.centre
 
 
-def float_of(*, top: float, mantissa: int, normal: float) -> Float:
-    """The type whose largest value is `top`, with so many bits of mantissa and `normal` as its least normal value."""
-    step = normal / 2**mantissa
+def _float(*, top: float, mantissa: int, normal: float) -> Float:
     return Float(
         top=np.float32(top),
         split=np.float32(2 ** (23 - mantissa) + 1),
         normal=np.float32(normal),
-        centre=np.float32(1.5 * 2**23 * step),
+        centre=np.float32(1.5 * 2**23 * normal / 2**mantissa),
     )
+
+
+E2M1 = _float(top=6, mantissa=1, normal=1)
+E4M3 = _float(top=448, mantissa=3, normal=2.0**-6)
+E5M2 = _float(top=57344, mantissa=2, normal=2.0**-14)
 
 
 def search(weight_OI: Floats, share_I: Floats, height: int, width: int, kind: Float, scale_PQ: Floats) -> None:
@@ -58,6 +61,25 @@ def search(weight_OI: Floats, share_I: Floats, height: int, width: int, kind: Fl
                 continue
             sums_K3 = _sums(block_rc / largest, share_c if share_c.any() else np.ones_like(share_c), inverse_K, kind)
             scale_PQ[p, q] = np.float32(_best(sums_K3, inverse_K)) * largest
+
+
+def choose(
+    weight_OI: Floats, share_I: Floats, values_OGK: Floats, group_size: int, kind: Float, best_OG: NDArray[np.int64]
+) -> None:
+    """Fills best_OG; see `quantkernels.scales.choose_float`."""
+    for g in range(values_OGK.shape[1]):
+        columns = slice(g * group_size, (g + 1) * group_size)
+        weight_ON, values_OK = weight_OI[:, columns], values_OGK[:, g]
+        share_N = share_I[columns] if share_I[columns].any() else np.ones_like(share_I[columns])
+        squares_O = np.add.accumulate(share_N * weight_ON * weight_ON, 1)[:, -1]
+        size_ON = np.sqrt(weight_ON * weight_ON + (squares_O / np.add.accumulate(share_N)[-1])[:, None])
+        error_OK = np.zeros_like(values_OK)
+        for n in range(weight_ON.shape[1]):
+            with np.errstate(divide="ignore"):
+                steps_OK = weight_ON[:, n : n + 1] / np.where(values_OK == 0, np.float32(np.inf), values_OK)
+            off_OK = nearest(np.clip(steps_OK, -kind.top, kind.top), kind) * values_OK - weight_ON[:, n : n + 1]
+            error_OK += (share_N[n] * size_ON[:, n : n + 1]) * (off_OK * off_OK)
+        best_OG[:, g] = error_OK.argmin(1)
 
 
 def inverses(kind: Float) -> Floats:
