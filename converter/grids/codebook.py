@@ -1,8 +1,9 @@
 """Codebooks of 16 levels in blocks of consecutive weights with their largest magnitude: NF4 and FP4 of bitsandbytes.
 
 NF4's levels are quantiles of a normal distribution, so that each is used about equally often. A block's factor need not
-be its largest magnitude: it is searched for the least squared error weighted by importance. With double quantization
-factors are stored in 8 bits: an index into a table of 256 fractions, times a factor for 256 of them, plus their mean.
+be its largest magnitude: it is searched for the least squared error weighted by importance and by sqrt(w^2 + mean w^2)
+of a weight (why: see quantkernels.scales). With double quantization factors are stored in 8 bits: an index into a table
+of 256 fractions, times a factor for 256 of them, plus their mean.
 
 Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314; bitsandbytes 0.50 (functional.py: create_dynamic_map,
 get_4bit_type, quantize_4bit).
@@ -122,12 +123,15 @@ class CodebookGrid:
         """The factor of each block, f32 [B], with the least weighted squared error among SHARES."""
         largest_B = blocks_BN.abs().amax(1)
         best_B, least_B = largest_B, torch.full_like(largest_B, torch.inf)
+        heavy_BN = blocks_BN.square()
+        heavy_BN = heavy_BN.add_(heavy_BN.mean(1, keepdim=True)).sqrt_()
+        if share_BN is not None:
+            heavy_BN *= share_BN
         levels = torch.tensor(LEVELS[self.values])
         for share in SHARES:
             scale_B = largest_B * share
             found_BN = levels[self._nearest(blocks_BN, scale_B).long()] * scale_B[:, None]
-            error_BN = (found_BN - blocks_BN).square_()
-            error_B = (error_BN if share_BN is None else error_BN.mul_(share_BN)).sum(1)
+            error_B = (found_BN - blocks_BN).square_().mul_(heavy_BN).sum(1)
             best_B = torch.where(error_B < least_B, scale_B, best_B)
             least_B = torch.minimum(error_B, least_B)
         return best_B
