@@ -409,18 +409,20 @@ def test_the_choice_among_coded_scales_has_the_bits_of_its_reference_and_the_lea
     importance[:width] = 0
     largest_OG = weight.reshape(9, 4, width).abs().amax(2)
     given = largest_OG[:, :, None] / 6 * torch.linspace(0.3, 1.5, candidates)
-    kind = scales.E4M3 if values == "mxfp8" else scales.E2M1
+    kind, fourth = scales.E4M3 if values == "mxfp8" else scales.E2M1, values != "nvfp4"
     for share in (None, importance):
-        expected = scales.choose_float(weight, share, given, kind, backend="reference")
+        expected = scales.choose_float(weight, share, given, kind, fourth=fourth, backend="reference")
         for threads in (1, 3):
-            assert torch.equal(scales.choose_float(weight, share, given, kind, threads=threads), expected)
+            found = scales.choose_float(weight, share, given, kind, fourth=fourth, threads=threads)
+            assert torch.equal(found, expected)
         heavy = torch.ones(4 * width) if share is None else torch.where(torch.arange(4 * width) < width, 1.0, share)
         groups = weight.reshape(9, 4, 1, width).double()
         heavy_GN = heavy.reshape(4, 1, width).double()
         mean = (groups.square() * heavy_GN).sum(3, keepdim=True) / heavy_GN.sum(2, keepdim=True)
         scale = given[:, :, :, None].double()
         levels = nearest_level(groups / torch.where(scale == 0, torch.inf, scale), values)
-        errors = ((levels * scale - groups).square() * heavy_GN * (groups.square() + mean).sqrt()).sum(3)
+        powers = (levels * scale - groups) ** (4 if fourth else 2)
+        errors = (powers * heavy_GN * (groups.square() + mean).sqrt()).sum(3)
         # f32 sums of 32 terms choose among equals
         assert bool((errors.gather(2, expected[:, :, None])[:, :, 0] <= errors.amin(2) * (1 + 1e-5)).all())
 

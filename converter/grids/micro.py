@@ -6,7 +6,9 @@
 
 A scale is searched among the storable ones around that of the largest weight, for the least squared error weighted by
 importance and by sqrt(w^2 + mean w^2) of a weight (why: see quantkernels.scales): a few levels cut off at the top often
-buy finer steps below. The usual rule, the largest weight to the largest level, is among the candidates.
+buy finer steps below. The usual rule, the largest weight to the largest level, is among the candidates. Between powers
+of two that is cutting a lot off or halving the steps, and fourth powers of errors choose better there than squares: 1
+to 4 % off the KL divergence of three models in MXFP4. In NVFP4 they choose worse.
 """
 
 # O out, I in (columns), G groups of a row, N columns of a group
@@ -109,8 +111,9 @@ class MicroGrid:
         coded_OGK = torch.stack(self._candidates(grouped_OGN.abs().amax(-1), divisor), -1)
         values_OGK = self._value(coded_OGK, divisor)
         kind = scales.E4M3 if self.values == "mxfp8" else scales.E2M1
-        threads = torch.get_num_threads()
-        best_OG1 = scales.choose_float(weight_OI, importance, values_OGK, kind, threads=threads)[:, :, None]
+        best_OG1 = scales.choose_float(
+            weight_OI, importance, values_OGK, kind, fourth=self.values != "nvfp4", threads=torch.get_num_threads()
+        )[:, :, None]
         scale_OG, value_OG1 = coded_OGK.gather(2, best_OG1)[:, :, 0], values_OGK.gather(2, best_OG1)
         codes_OI = self._nearest(grouped_OGN / torch.where(value_OG1 == 0, torch.inf, value_OG1)).flatten(1)
         if self.values == "mxfp8":

@@ -153,20 +153,22 @@ def choose_float(
     values_OGK: Tensor,
     kind: Float,
     *,
+    fourth: bool = False,
     threads: int = 1,
     backend: Backend = "cpu",
 ) -> Tensor:
     """Which of K scales, values_OGK f32, has the least weighted squared error in each group: [O, G] i64.
 
     weight [O, I] f32, finite, I a multiple of G; importance [I] as for `search`. Codes are the nearest floats of this
-    kind. The first of equals.
+    kind. fourth: errors count by their fourth power, which shuns large ones, instead of by their square. The first of
+    equals.
     """
     rows, values = _floats(weight), _floats(values_OGK)
     group_size = rows.shape[1] // values.shape[1]
     best_OG = np.zeros(values.shape[:2], np.int64)
     share_I = _share_of_group(importance, rows.shape[1], group_size)
     if backend == "reference":
-        reference_floats.choose(rows, share_I, values, group_size, kind, best_OG)
+        reference_floats.choose(rows, share_I, values, group_size, kind, fourth, best_OG)
     else:
         from quantkernels.scales import cpu_floats
 
@@ -174,7 +176,7 @@ def choose_float(
             rows.shape[0],
             threads,
             lambda first, last: cpu_floats.choose(
-                rows[first:last], share_I, values[first:last], group_size, best_OG[first:last], *kind.numbers()
+                rows[first:last], share_I, values[first:last], group_size, fourth, best_OG[first:last], *kind.numbers()
             ),
         )
     return torch.from_numpy(best_OG)

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkernels.compiling import compiled, kernel
+from quantkernels.scales.reference_floats import SMALL
 
 Floats = NDArray[np.float32]
-ZERO, INFINITE = np.float32(0), np.float32(np.inf)
+ZERO, ONE, INFINITE = np.float32(0), np.float32(1), np.float32(np.inf)
 
 
 @compiled
@@ -118,6 +119,7 @@ def choose(
     share_I: Floats,
     values_OGK: Floats,
     group_size: int,
+    fourth: bool,
     best_OG: NDArray[np.int64],
     top: Any,
     split: Any,
@@ -141,7 +143,7 @@ def choose(
             squares = ZERO
             for j in range(group_size):
                 squares += share[j] * weight[j] * weight[j]
-            mean = squares / whole
+            mean, unit = squares / whole, ONE / max(values[0], SMALL)
             for k in range(lanes):
                 divisor[k] = values[k] if values[k] != ZERO else INFINITE
                 error[k] = ZERO
@@ -150,8 +152,9 @@ def choose(
                 heavy = share[j] * np.sqrt(w * w + mean)
                 for k in range(lanes):
                     steps = min(max(w / divisor[k], -top), top)
-                    off = _nearest(steps, kind) * values[k] - w
-                    error[k] += heavy * (off * off)
+                    off = (_nearest(steps, kind) * values[k] - w) * unit
+                    square = off * off
+                    error[k] += heavy * (square * square if fourth else square)
             best = 0
             for k in range(1, lanes):
                 if error[k] < error[best]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+SMALL = np.float32(1e-30)  # what the reciprocal of a scale is still a number of
 CANDIDATES = 32  # in an octave: beyond it the same mantissas return
 
 
@@ -64,7 +65,13 @@ def search(weight_OI: Floats, share_I: Floats, height: int, width: int, kind: Fl
 
 
 def choose(
-    weight_OI: Floats, share_I: Floats, values_OGK: Floats, group_size: int, kind: Float, best_OG: NDArray[np.int64]
+    weight_OI: Floats,
+    share_I: Floats,
+    values_OGK: Floats,
+    group_size: int,
+    kind: Float,
+    fourth: bool,
+    best_OG: NDArray[np.int64],
 ) -> None:
     """Fills best_OG; see `quantkernels.scales.choose_float`."""
     for g in range(values_OGK.shape[1]):
@@ -73,12 +80,13 @@ def choose(
         share_N = share_I[columns] if share_I[columns].any() else np.ones_like(share_I[columns])
         squares_O = np.add.accumulate(share_N * weight_ON * weight_ON, 1)[:, -1]
         size_ON = np.sqrt(weight_ON * weight_ON + (squares_O / np.add.accumulate(share_N)[-1])[:, None])
-        error_OK = np.zeros_like(values_OK)
+        error_OK, unit_O1 = np.zeros_like(values_OK), np.float32(1) / np.maximum(values_OK[:, :1], SMALL)
         for n in range(weight_ON.shape[1]):
             with np.errstate(divide="ignore"):
                 steps_OK = weight_ON[:, n : n + 1] / np.where(values_OK == 0, np.float32(np.inf), values_OK)
             off_OK = nearest(np.clip(steps_OK, -kind.top, kind.top), kind) * values_OK - weight_ON[:, n : n + 1]
-            error_OK += (share_N[n] * size_ON[:, n : n + 1]) * (off_OK * off_OK)
+            square_OK = (off_OK * unit_O1) ** 2
+            error_OK += (share_N[n] * size_ON[:, n : n + 1]) * (square_OK * square_OK if fourth else square_OK)
         best_OG[:, g] = error_OK.argmin(1)
 
 
