@@ -97,6 +97,7 @@ CASES = (
     Case(name="rtn-fp8-dynamic", scheme="FP8_DYNAMIC", methods=("rtn",), target="scheme: FP8_DYNAMIC, method: rtn"),
     Case(name="rtn-nvfp4", scheme="NVFP4", methods=("rtn",), target="scheme: NVFP4, method: rtn"),
     Case(name="rtn-mxfp4", scheme="MXFP4", methods=("rtn",), target="scheme: MXFP4, method: rtn"),
+    Case(name="rtn-mxfp4a16", scheme="MXFP4A16", methods=("rtn",), target="scheme: MXFP4A16, method: rtn"),
 )  # fmt: skip
 
 
