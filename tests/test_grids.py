@@ -17,7 +17,7 @@ from converter.errors import NumericsError, UnsupportedError
 from converter.grids import Coded, Grid, observers
 from converter.grids.affine import AffineGrid, per_row
 from converter.grids.floats import KINDS, TYPES, Fp8Grid
-from converter.grids.micro import LEVELS
+from converter.grids.micro import LEVELS, MicroGrid
 from converter.grids.plain import DTYPES
 from quantkernels import scales
 
@@ -433,3 +433,12 @@ def nearest_level(steps: Tensor, values: str) -> Tensor:
         return steps.clamp(-448, 448).to(torch.float8_e4m3fn).double()
     levels = torch.tensor(LEVELS, dtype=torch.float64)
     return levels[(steps[..., None] - levels).abs().argmin(-1)]
+
+
+def test_a_weight_halfway_between_two_levels_takes_the_even_one() -> None:
+    halfway = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    even = torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0])
+    ends = torch.tensor([6.0, -6.0])
+    weight = torch.cat([halfway, -halfway, ends]).repeat(2)[None]
+    grid = MicroGrid(values="mxfp4")
+    assert torch.equal(grid.decode(grid.encode(weight, None)), torch.cat([even, -even, ends]).repeat(2)[None])

@@ -134,8 +134,14 @@ class MicroGrid:
         return [(first_OG.int() + step).clamp(0, highest).to(torch.uint8) for step in steps]
 
     def _nearest(self, steps_OGN: Tensor) -> Tensor:
-        """Codes i8 of the levels nearest to `steps` (fp8 by its bits)."""
+        """Codes i8 of the levels nearest to `steps` (fp8 by its bits), of two as near the even one.
+
+        Weights in bf16 over a power of two often lie halfway, and taken down they would all move one way.
+        """
         if self.values == "mxfp8":
             return steps_OGN.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.int8)
-        levels = torch.tensor(LEVELS)
-        return torch.bucketize(steps_OGN, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.int8)
+        levels, upper = torch.tensor(LEVELS), torch.arange(1, len(LEVELS))
+        middles = (levels[1:] + levels[:-1]) / 2
+        goes_up = (upper - MIDDLE) % 2 == 0
+        middles = torch.where(goes_up, middles.nextafter(torch.tensor(-torch.inf)), middles)
+        return torch.bucketize(steps_OGN, middles, out_int32=True).to(torch.int8)
