@@ -32,7 +32,7 @@ RECIPES: dict[Kind, int] = {
     "calibrate": 2,
     "imatrix": 1,
     "propagate": 2,
-    "quantize": 5,
+    "quantize": 6,
     "assemble": 2,
     "reference": 1,
     "evaluate": 2,

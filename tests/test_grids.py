@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from converter.errors import NumericsError, UnsupportedError
 from converter.grids import Coded, Grid, observers
 from converter.grids.affine import AffineGrid, per_row
+from converter.grids.codebook import CodebookGrid
 from converter.grids.floats import KINDS, TYPES, Fp8Grid
 from converter.grids.micro import LEVELS, MicroGrid
 from converter.grids.plain import DTYPES
@@ -334,15 +336,30 @@ def test_the_scale_kernel_has_the_bits_of_its_reference(
     weight[0] = 0
     importance = torch.from_numpy((random.random(columns) * (random.random(columns) > 0.2)).astype("f"))
     bounds = {"group_size": group_size, "low": -(2 ** (bits - 1)), "high": 2 ** (bits - 1) - 1}
-    shape = {"symmetric": symmetric, "signed": signed}
-    for share in (None, importance):
+    for share, by_size in product((None, importance), (True, False)):
+        shape = {"symmetric": symmetric, "signed": signed, "by_size": by_size}
         expected = scales.search(weight, share, **bounds, **shape, backend="reference")
         for threads in (1, 3):
             found = scales.search(weight, share, **bounds, **shape, threads=threads)
             assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-        exact = scales.errors(weight, share, *expected, **bounds, backend="reference")
+        exact = scales.errors(weight, share, *expected, **bounds, by_size=by_size, backend="reference")
+        off = scales.errors(weight, share, *expected, **bounds, by_size=by_size)
         # f64 sums of at most 130 terms in another order: 130 * 2**-53.
-        torch.testing.assert_close(scales.errors(weight, share, *expected, **bounds), exact, rtol=2e-14, atol=0)
+        torch.testing.assert_close(off, exact, rtol=2e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [AffineGrid(bits=3, granularity="group", group_size=64), MicroGrid(values="nvfp4"), CodebookGrid(double=False)],
+    ids=lambda grid: grid.name,
+)
+def test_scales_are_for_squares_alone_where_the_size_of_a_weight_does_not_count(grid: Grid) -> None:
+    weight = gaussian(64, 256)
+    plain = dataclasses.replace(grid, by_size=False)
+    off, off_by_size = (one.decode(one.encode(weight, None)) - weight for one in (plain, grid))
+    assert float(off.square().sum()) < 0.999 * float(off_by_size.square().sum())
+    large = weight.abs() > 2
+    assert float(off[large].square().sum()) > float(off_by_size[large].square().sum())
 
 
 FP8_SHAPES = [(5, 96, 1, 96), (7, 70, 3, 32), (4, 1, 1, 1), (130, 200, 128, 128), (2, 4096, 1, 4096)]
@@ -410,10 +427,11 @@ def test_the_choice_among_coded_scales_has_the_bits_of_its_reference_and_the_lea
     largest_OG = weight.reshape(9, 4, width).abs().amax(2)
     given = largest_OG[:, :, None] / 6 * torch.linspace(0.3, 1.5, candidates)
     kind, fourth = scales.E4M3 if values == "mxfp8" else scales.E2M1, values != "nvfp4"
-    for share in (None, importance):
-        expected = scales.choose_float(weight, share, given, kind, fourth=fourth, backend="reference")
+    for share, by_size in product((None, importance), (True, False)):
+        how = {"fourth": fourth, "by_size": by_size}
+        expected = scales.choose_float(weight, share, given, kind, **how, backend="reference")
         for threads in (1, 3):
-            found = scales.choose_float(weight, share, given, kind, fourth=fourth, threads=threads)
+            found = scales.choose_float(weight, share, given, kind, **how, threads=threads)
             assert torch.equal(found, expected)
         heavy = torch.ones(4 * width) if share is None else torch.where(torch.arange(4 * width) < width, 1.0, share)
         groups = weight.reshape(9, 4, 1, width).double()
@@ -422,7 +440,7 @@ def test_the_choice_among_coded_scales_has_the_bits_of_its_reference_and_the_lea
         scale = given[:, :, :, None].double()
         levels = nearest_level(groups / torch.where(scale == 0, torch.inf, scale), values)
         powers = (levels * scale - groups) ** (4 if fourth else 2)
-        errors = (powers * heavy_GN * (groups.square() + mean).sqrt()).sum(3)
+        errors = (powers * heavy_GN * ((groups.square() + mean).sqrt() if by_size else 1.0)).sum(3)
         # f32 sums of 32 terms choose among equals
         assert bool((errors.gather(2, expected[:, :, None])[:, :, 0] <= errors.amin(2) * (1 + 1e-5)).all())
 

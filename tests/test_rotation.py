@@ -17,7 +17,11 @@ import gguf_models as tiny
 from converter.adapt import untied
 from converter.architecture import Architecture, families
 from converter.blocks import Decoder
+from converter.containers.selection import choose
 from converter.containers.small_files import original_config
+from converter.grids.affine import AffineGrid
+from converter.grids.micro import MicroGrid
+from converter.manifest import Target
 from converter.methods import Block, Options
 from converter.methods.rotation import rotation, rotation_of, unrotated, why_fixed
 from converter.source import Snapshot
@@ -256,3 +260,11 @@ def test_every_family_says_what_its_residual_stream_is_or_why_it_is_fixed() -> N
     for family in families():
         stream = family.residual
         assert bool(stream.fixed) != bool(stream.reads and stream.writes), family.name
+
+
+@pytest.mark.parametrize("scheme", ["W3A16", "NVFP4A16", "MXFP4A16"])
+def test_where_a_rotation_mixes_the_sizes_of_weights_scales_heed_them_no_more(scheme: str) -> None:
+    for methods, heeded in ((["rotation", "gptq"], False), (["gptq"], True)):
+        target = Target(name="t", format="compressed-tensors", scheme=scheme, method=methods)
+        grid = choose(target, "model.layers.0.mlp.up_proj.weight").grid(group_size=128, scale_dtype="BF16")
+        assert isinstance(grid, AffineGrid | MicroGrid) and grid.by_size is heeded

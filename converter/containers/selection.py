@@ -17,6 +17,7 @@ from converter.grids.kmeans import KMeansGrid
 from converter.grids.levels import LevelGrid
 from converter.grids.micro import MicroGrid
 from converter.grids.plain import DTYPES
+from converter.methods.tables import turns
 from converter.schemes import SCHEMES, Granularity, Scheme
 
 if TYPE_CHECKING:
@@ -41,14 +42,15 @@ class Choice:
     def grid(self, *, group_size: int | None, scale_dtype: str) -> Grid:
         """The grid; integers and levels in groups of `group_size` columns, where None keeps another granularity."""
         scheme, granularity = self.scheme, self.target.granularity or "channel"
+        by_size = not turns(self.target.methods)
         match scheme.values:
             case "e4m3" | "e5m2":
                 block = (scheme.block or (128, 128)) if granularity == "block" else None
                 return Fp8Grid(values=scheme.values, granularity=granularity, block=block, scale_dtype=scale_dtype)
             case "nvfp4" | "mxfp4" | "mxfp8":
-                return MicroGrid(values=scheme.values)
+                return MicroGrid(values=scheme.values, by_size=by_size)
             case "nf4" | "fp4" if not scheme.scale_bits:
-                return CodebookGrid(values=scheme.values, block=group_size or 64, dtype=scale_dtype)
+                return CodebookGrid(values=scheme.values, block=group_size or 64, dtype=scale_dtype, by_size=by_size)
             case "kmeans":
                 return KMeansGrid(bits=scheme.bits, group_size=group_size, levels_dtype=scale_dtype)
             case "int":
@@ -71,6 +73,7 @@ class Choice:
             granularity=granularity,
             observer=self.target.observer,
             scale_dtype=scale_dtype,
+            by_size=not turns(self.target.methods),
         )
 
 

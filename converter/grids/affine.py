@@ -34,7 +34,7 @@ class AffineGrid:
     are the zero points. Only the observer "mse" heeds importance and signed_scale. signed_scale lets a scale be
     negative, so that the one code without a partner can serve either sign; None means where it pays, up to 4 bits: the
     squared error of Gaussian groups of 128 falls by 10 % at 2 bits and by 8 % at 4. Readers multiply by the scale,
-    whatever its sign; transformers was seen to.
+    whatever its sign; transformers was seen to. by_size: see quantkernels.scales.
     Raises UnsupportedError for observer "kl" with groups.
     """
 
@@ -45,6 +45,7 @@ class AffineGrid:
     observer: Observer = "mse"
     scale_dtype: str = "F32"
     signed_scale: bool | None = None
+    by_size: bool = True
 
     def __post_init__(self) -> None:
         assert 2 <= self.bits <= 8 and self.scale_dtype in DTYPES
@@ -202,6 +203,7 @@ class AffineGrid:
             high=self.high,
             symmetric=self.symmetric,
             signed=self.symmetric and self._signed(),
+            by_size=self.by_size,
             threads=torch.get_num_threads(),
         )
         searched: dict[str, Tensor] = {"scale": self._stored(scale_OG)}
@@ -225,6 +227,7 @@ class AffineGrid:
             group_size=self.columns_per_scale(weight_OI.shape[1]),
             low=self.low,
             high=self.high,
+            by_size=self.by_size,
             threads=torch.get_num_threads(),
         )
         return error_OG.sum().reshape(1, 1) if self.granularity == "tensor" else error_OG

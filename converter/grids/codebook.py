@@ -57,7 +57,7 @@ def fractions() -> Tensor:
 class CodebookGrid:
     """NF4 or FP4 in blocks of `block` weights, counted through the rows; with `double`, factors of 8 bits.
 
-    dtype is what readers make of the values.
+    dtype is what readers make of the values; by_size: see quantkernels.scales.
 
     Parts: `codes` i8 [O, I], an index into LEVELS; `scale` f32 [B], what levels are multiplied by. With `double`
     `scale` is u8 [B], indices into `fractions`, and there are `nested` f32 [M], a factor for 256 of them, and `offset`
@@ -68,6 +68,7 @@ class CodebookGrid:
     block: int = 64
     double: bool = True
     dtype: str = "F32"
+    by_size: bool = True
 
     @property
     def name(self) -> str:
@@ -123,10 +124,10 @@ class CodebookGrid:
         """The factor of each block, f32 [B], with the least weighted squared error among SHARES."""
         largest_B = blocks_BN.abs().amax(1)
         best_B, least_B = largest_B, torch.full_like(largest_B, torch.inf)
-        heavy_BN = blocks_BN.square()
-        heavy_BN = heavy_BN.add_(heavy_BN.mean(1, keepdim=True)).sqrt_()
-        if share_BN is not None:
-            heavy_BN *= share_BN
+        heavy_BN = torch.ones_like(blocks_BN) if share_BN is None else share_BN
+        if self.by_size:
+            squares_BN = blocks_BN.square()
+            heavy_BN = heavy_BN * squares_BN.add_(squares_BN.mean(1, keepdim=True)).sqrt_()
         levels = torch.tensor(LEVELS[self.values])
         for share in SHARES:
             scale_B = largest_B * share

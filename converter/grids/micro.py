@@ -44,11 +44,12 @@ class MicroGrid:
 
     codes are i8 [O, I], an index into LEVELS (4 bits), or fp8 [O, I] (mxfp8); scale is u8, an exponent plus 127, or
     fp8. largest: for nvfp4 the largest magnitude of all tensors that share the divisor (0: of this one alone);
-    engines that fuse linears want one for them.
+    engines that fuse linears want one for them. by_size: see quantkernels.scales.
     """
 
     values: Literal["mxfp4", "mxfp8", "nvfp4"]
     largest: float = 0.0
+    by_size: bool = True
 
     @property
     def name(self) -> str:
@@ -113,7 +114,13 @@ class MicroGrid:
         values_OGK = self._value(coded_OGK, divisor)
         kind = scales.E4M3 if self.values == "mxfp8" else scales.E2M1
         best_OG1 = scales.choose_float(
-            weight_OI, importance, values_OGK, kind, fourth=self.values != "nvfp4", threads=torch.get_num_threads()
+            weight_OI,
+            importance,
+            values_OGK,
+            kind,
+            fourth=self.values != "nvfp4",
+            by_size=self.by_size,
+            threads=torch.get_num_threads(),
         )[:, :, None]
         scale_OG, value_OG1 = coded_OGK.gather(2, best_OG1)[:, :, 0], values_OGK.gather(2, best_OG1)
         codes_OI = self._nearest(grouped_OGN / torch.where(value_OG1 == 0, torch.inf, value_OG1)).flatten(1)

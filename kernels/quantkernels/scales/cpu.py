@@ -142,6 +142,7 @@ def search(
     start: Any,
     least_stop: Any,
     by_crest: Any,
+    by_size: bool,
 ) -> None:
     """Fills scale_OG and zero_OG; see `quantkernels.scales.search`."""
     lanes = max(along.shape[0], FINE)
@@ -161,7 +162,8 @@ def search(
                 continue
             whole, centre, crest = _range(x, share, n, low, high, symmetric)
             span = whole * (max(least_stop, by_crest * crest) - start)
-            _weigh_by_size(x, share, n, crest)
+            if by_size:
+                _weigh_by_size(x, share, n, crest)
             for k in range(count):
                 inverse[k] = sign[k] * (whole * start + span * along[k])
                 zero[k] = min(max(centre + offset[k], low), high)
@@ -190,6 +192,7 @@ def errors(
     group_size: int,
     low: Any,
     high: Any,
+    by_size: bool,
     error_OG: NDArray[np.float64],
 ) -> None:
     """Fills error_OG; see `quantkernels.scales.errors`. Eight sums in f64, added at the end in a fixed order."""
@@ -211,7 +214,7 @@ def errors(
                     w = weight_OI[o, start + k]
                     steps = _code(w / divisor, low - zero, high - zero)
                     difference = np.float64(w) - np.float64(steps * scale)
-                    size = np.sqrt(np.float64(w) * np.float64(w) + mean)
+                    size = np.sqrt(np.float64(w) * np.float64(w) + mean) if by_size else 1.0
                     lanes[k] += np.float64(importance_I[start + k]) * size * difference * difference
             total = 0.0
             for k in range(8):

@@ -120,6 +120,7 @@ def choose(
     values_OGK: Floats,
     group_size: int,
     fourth: bool,
+    by_size: bool,
     best_OG: NDArray[np.int64],
     top: Any,
     split: Any,
@@ -149,7 +150,7 @@ def choose(
                 error[k] = ZERO
             for j in range(group_size):
                 w = weight[j]
-                heavy = share[j] * np.sqrt(w * w + mean)
+                heavy = share[j] * np.sqrt(w * w + mean) if by_size else share[j]
                 for k in range(lanes):
                     steps = min(max(w / divisor[k], -top), top)
                     off = (_nearest(steps, kind) * values[k] - w) * unit

@@ -29,7 +29,8 @@ class Plan:
 
     With weights as parts of the group's largest, `whole` is the inverse step at which they just fit the codes. stop is
     max(least_stop, by_crest * largest / root mean square): the more a weight stands out, the more it pays to clip it.
-    offset is added to the zero point; between is the distance of two neighbours in `along`.
+    offset is added to the zero point; between is the distance of two neighbours in `along`. by_size: errors count by
+    the size of their weights, too.
     """
 
     low: int
@@ -42,14 +43,16 @@ class Plan:
     start: np.float32
     least_stop: np.float32
     by_crest: np.float32
+    by_size: bool
 
     def numbers(self) -> tuple[Any, ...]:
         """The fields as the numba kernel takes them."""
         bounds = (np.float32(self.low), np.float32(self.high), self.symmetric)
-        return (*bounds, self.along, self.sign, self.offset, self.between, self.start, self.least_stop, self.by_crest)
+        ranges = (self.between, self.start, self.least_stop, self.by_crest)
+        return (*bounds, self.along, self.sign, self.offset, *ranges, self.by_size)
 
 
-def plan(*, low: int, high: int, symmetric: bool, signed: bool) -> Plan:
+def plan(*, low: int, high: int, symmetric: bool, signed: bool, by_size: bool) -> Plan:
     """The candidates for codes from low to high; ranges fitted on Gaussian and Student-t rows of 32 to 4096."""
     bits = np.log2(high - low + 1)
     if symmetric:
@@ -73,6 +76,7 @@ def plan(*, low: int, high: int, symmetric: bool, signed: bool) -> Plan:
         start=np.float32(0.75),
         least_stop=np.float32(max(1.6, 3.1 - 0.2 * bits)),
         by_crest=np.float32(1.8 / bits),
+        by_size=by_size,
     )
 
 
@@ -92,6 +96,7 @@ def errors(
     group_size: int,
     low: int,
     high: int,
+    by_size: bool,
     error_OG: NDArray[np.float64],
 ) -> None:
     """Fills error_OG; see `quantkernels.scales.errors`."""
@@ -104,7 +109,7 @@ def errors(
         share, wide = importance_I[columns].astype(np.float64), weight.astype(np.float64)
         size = np.sqrt(wide**2 + ((share * wide**2).sum(1) / max(share.sum(), TINY))[:, None])
         difference = wide - (np.rint(steps) * scale).astype(np.float64)
-        error_OG[:, g] = (share * size * difference * difference).sum(1)
+        error_OG[:, g] = (share * (size if by_size else 1.0) * difference * difference).sum(1)
 
 
 def _search_groups(weight_BN: Floats, share_BN: Floats, plan: Plan) -> tuple[Floats, Floats]:
@@ -125,7 +130,8 @@ def _search_groups(weight_BN: Floats, share_BN: Floats, plan: Plan) -> tuple[Flo
             inverse_B = np.float32(plan.high - plan.low) / (maximum_B - minimum_B)
             zero_B = np.float32(plan.low) - ((minimum_B * inverse_B + ROUND) - ROUND)
         span_B = inverse_B * (stop_B - plan.start)
-        share_BN = share_BN * np.sqrt(x_BN * x_BN + (np.float32(1) / (crest_B * crest_B))[:, None])
+        if plan.by_size:
+            share_BN = share_BN * np.sqrt(x_BN * x_BN + (np.float32(1) / (crest_B * crest_B))[:, None])
         inverse_BK = plan.sign * (inverse_B[:, None] * plan.start + span_B[:, None] * plan.along)
         zero_BK = np.clip(zero_B[:, None] + plan.offset, plan.low, plan.high).astype(np.float32)
         error_B, scale_B, inverse_B, zero_B = _best(x_BN, share_BN, inverse_BK, zero_BK, plan)

@@ -71,6 +71,7 @@ def choose(
     group_size: int,
     kind: Float,
     fourth: bool,
+    by_size: bool,
     best_OG: NDArray[np.int64],
 ) -> None:
     """Fills best_OG; see `quantkernels.scales.choose_float`."""
@@ -79,14 +80,16 @@ def choose(
         weight_ON, values_OK = weight_OI[:, columns], values_OGK[:, g]
         share_N = share_I[columns] if share_I[columns].any() else np.ones_like(share_I[columns])
         squares_O = np.add.accumulate(share_N * weight_ON * weight_ON, 1)[:, -1]
-        size_ON = np.sqrt(weight_ON * weight_ON + (squares_O / np.add.accumulate(share_N)[-1])[:, None])
+        heavy_ON = np.broadcast_to(share_N, weight_ON.shape)
+        if by_size:
+            heavy_ON = share_N * np.sqrt(weight_ON * weight_ON + (squares_O / np.add.accumulate(share_N)[-1])[:, None])
         error_OK, unit_O1 = np.zeros_like(values_OK), np.float32(1) / np.maximum(values_OK[:, :1], SMALL)
         for n in range(weight_ON.shape[1]):
             with np.errstate(divide="ignore"):
                 steps_OK = weight_ON[:, n : n + 1] / np.where(values_OK == 0, np.float32(np.inf), values_OK)
             off_OK = nearest(np.clip(steps_OK, -kind.top, kind.top), kind) * values_OK - weight_ON[:, n : n + 1]
             square_OK = (off_OK * unit_O1) ** 2
-            error_OK += (share_N[n] * size_ON[:, n : n + 1]) * (square_OK * square_OK if fourth else square_OK)
+            error_OK += heavy_ON[:, n : n + 1] * (square_OK * square_OK if fourth else square_OK)
         best_OG[:, g] = error_OK.argmin(1)
 
 
