@@ -232,7 +232,9 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
 @cache
 def keys_of(part: type[BaseModel]) -> tuple[str, ...]:
     """Give the keys that a person may write in this part of the manifest."""
-    return tuple(part.model_json_schema()["properties"])
+    hidden: object = SkipJsonSchema()  # type: ignore[type-arg]  # a mark, and of no type
+    shown = {name: field for name, field in part.model_fields.items() if hidden not in field.metadata}
+    return tuple(str(field.validation_alias or name) for name, field in shown.items())
 
 
 def read_part(part: type[Part], values: Mapping[str, object]) -> tuple[Part | None, list[manifest_rules.Finding]]:

@@ -25,6 +25,8 @@ from jobs.work import Model, Work
 
 PRODUCTS = {"f32": torch.float32, "bf16": torch.bfloat16}
 
+_decoders: dict[tuple[object, ...], Decoder] = {}  # the last one
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
@@ -52,17 +54,25 @@ def read(model: Model, name: str) -> Tensor:
 
 
 def decoder_of(attempt: Attempt, model: Model, products: torch.dtype = torch.float32) -> Decoder:
-    """The model's blocks, to be run on as many threads as the attempt has; their linears multiply in `products`."""
+    """The model's blocks, to be run on as many threads as the attempt has; their linears multiply in `products`.
+
+    The last one is kept for the next task of this process: made anew it would take 20 ms and more for every block.
+    """
     assert model.architecture is not None
-    return Decoder(
-        model.snapshot.folder,
-        model.architecture,
-        model.name,
-        device=attempt.work.device,
-        workers=attempt.threads,
-        stored=model.snapshot.tensors,
-        products=products,
-    )
+    snapshot, device = model.snapshot, attempt.work.device
+    key = (snapshot.folder, snapshot.commit, model.name, device, attempt.threads, products)
+    if key not in _decoders:
+        _decoders.clear()
+        _decoders[key] = Decoder(
+            snapshot.folder,
+            model.architecture,
+            model.name,
+            device=device,
+            workers=attempt.threads,
+            stored=snapshot.tensors,
+            products=products,
+        )
+    return _decoders[key]
 
 
 def calibrating(attempt: Attempt, model: Model) -> Decoder:

@@ -275,7 +275,7 @@ def _with_precision(calibration: Calibration, model: Model, device: str) -> Cali
     """The same with `auto` decided here, for all nodes: bf16 for weights in bf16, where that is what is fast."""
     if calibration.precision != "auto":
         return calibration
-    fast = device == "cuda" or processor.has("amx_bf16") or processor.has("avx512_bf16")
+    fast = device == "cuda" or processor.is_fast_in_bf16()
     stored = {one.dtype for one in model.snapshot.tensors.values()}
     return calibration.model_copy(update={"precision": "bf16" if fast and "BF16" in stored else "f32"})
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,9 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from converter import manifest as manifests
+from converter.blocks import Decoder
 from converter.calibration import digest, documents, token_rows
 from converter.errors import SourceError
-from jobs.convert import Run, plan
+from jobs import attempt
+from jobs.convert import Run, convert, plan
 from jobs.show import plan_json
 from jobs.work import Work
 from small_run import write_manifest, write_model
@@ -139,13 +143,16 @@ def test_messages_that_the_template_refuses_are_named(tmp_path: Path) -> None:
     ("able", "stored", "precision"),
     [
         ({"avx512_bf16": True}, torch.bfloat16, "bf16"),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC 9R14"}, torch.bfloat16, "bf16"),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16, "f32"),
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16, "bf16"),
         ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16, "bf16"),
         ({"avx512_f": True}, torch.bfloat16, "f32"),
         ({"avx512_bf16": True}, torch.float16, "f32"),
     ],
 )
 def test_linears_multiply_in_bf16_where_the_model_is_and_the_machine_is_fast(
-    able: dict[str, bool], stored: torch.dtype, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    able: dict[str, bool | str], stored: torch.dtype, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_model(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
@@ -163,3 +170,22 @@ def test_linears_multiply_in_bf16_where_the_model_is_and_the_machine_is_fast(
     [model] = plan_json(run, ready)["models"]
     told = "Linears multiply in bf16 where a target is calibrated" in model["notes"]
     assert told == (precision == "bf16")
+
+
+def test_the_tasks_of_a_process_share_a_model_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+
+    class Counted(Decoder):
+        def __init__(self, folder: Path, *given: Any, **more: Any) -> None:
+            made.append(folder)
+            super().__init__(folder, *given, **more)
+
+    monkeypatch.setattr(attempt, "Decoder", Counted)
+    for name, seed in (("model", 0), ("other", 1)):
+        write_model(tmp_path / name, seed=seed)
+    path = write_manifest(
+        tmp_path, {"gptq": "{format: parquet, scheme: INT3, method: gptq}"}, sources=("model", "other")
+    )
+    found = convert(Run(manifest=manifests.load(path), out=tmp_path / "out", executor="inprocess"), Mock())
+    assert not found.failures
+    assert made == [tmp_path / "model", tmp_path / "other"]  # one model's tasks come before those of the next

@@ -13,10 +13,11 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from converter.errors import ManifestError
 from converter.manifest import Manifest, Target, json_schema, load
-from converter.manifest_fields import keys_of
+from converter.manifest_fields import Calibration, Evaluation, Publish, keys_of
 from converter.manifest_rules import KEEP, UNCODED
 from converter.schemes import METHODS, ROUNDERS, SCHEMES, STORES, TRANSFORMS
 
@@ -493,6 +494,11 @@ def test_any_value_in_any_field_gives_only_problems_with_places(folder: Path, da
 def test_the_schema_in_the_repository_is_up_to_date() -> None:
     written = (ROOT / "manifests" / "schema.json").read_text(encoding="utf-8")
     assert written == json_schema(), "write converter.manifest.json_schema() to manifests/schema.json"
+
+
+@pytest.mark.parametrize("part", [Manifest, Target, Calibration, Evaluation, Publish])
+def test_the_keys_that_are_read_are_those_of_the_schema(part: type[BaseModel]) -> None:
+    assert keys_of(part) == tuple(part.model_json_schema()["properties"])
 
 
 def test_the_schema_accepts_good_manifests_and_refuses_mistakes() -> None:
