@@ -34,6 +34,6 @@ class Root:
 
 def root_of(upper_II: Tensor, products: torch.dtype = torch.float32) -> Root:
     """The root of the Hessian upper_II upper_II^T, f32 or f64; products: the type of large products."""
-    pivots_I = upper_II.diagonal()
+    pivots_I = upper_II.diagonal().contiguous()  # four times as fast to divide by
     shares_II = (upper_II / pivots_I).float().contiguous()
     return Root(shares_II=shares_II, pivots_I=pivots_I.float(), rough_II=shares_II.to(products))
