@@ -15,12 +15,14 @@ help: ## show this list
 setup: $(READY) ## build .venv with everything, at the tested versions
 
 # Compiled at the end, on all cores: every process starts in half the time, also where Python may not write its caches.
+# torchao lies apart, for tests that put it on their path: transformers imports it, warnings and all, wherever it finds it.
 # torch by name and first: on its own pip would take a CUDA build of several gigabytes where a CPU one is at hand.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps --upgrade --target $(VENV)/readers "$$(grep '^torchao==' constraints.txt)"
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	touch $@
 

@@ -256,7 +256,9 @@ def read_part(part: type[Part], values: Mapping[str, object]) -> tuple[Part | No
 
 def _finding(detail: ErrorDetails) -> manifest_rules.Finding:
     at = tuple(step for step in detail["loc"] if step != "[key]")  # what pydantic adds for the key of a mapping
-    field = " ".join(str(step + 1) if isinstance(step, int) else step for step in at)
+    field = " ".join(
+        str(step + 1) if isinstance(step, int) else step if step.isprintable() else quoted(step) for step in at
+    )
     refused = detail.get("ctx", {}).get("error")
     if isinstance(refused, RefusedError):
         return manifest_rules.Finding(at=at, what=f"{field} {refused.what}", remedy=refused.remedy)

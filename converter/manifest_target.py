@@ -113,7 +113,18 @@ class Target(
     name: SkipJsonSchema[str]
     where: SkipJsonSchema[str] = ""  # file:line of the target's key
     format: Annotated[
-        Literal["gguf", "compressed-tensors", "gptq", "gptq_v2", "auto-round", "awq", "bitsandbytes", "fp8", "parquet"],
+        Literal[
+            "gguf",
+            "compressed-tensors",
+            "gptq",
+            "gptq_v2",
+            "auto-round",
+            "awq",
+            "bitsandbytes",
+            "fp8",
+            "torchao",
+            "parquet",
+        ],
         BeforeValidator(scalars.one_of(tuple(STORES))),
         Field(description="The container to write."),
     ]

@@ -198,6 +198,7 @@ SCHEMES: dict[str, dict[str, Scheme]] = {
         "FP4": Scheme(bits=4, values="fp4", group_size=64),
     },
     "fp8": {"FP8_BLOCK": COMPRESSED_TENSORS_SCHEMES["FP8_BLOCK"]},
+    "torchao": {name: COMPRESSED_TENSORS_SCHEMES[name] for name in ("W8A16", "W8A8")},
     "parquet": PARQUET_SCHEMES,
 }
 # What the values of `type:` (gguf) or `scheme:` (the others) may be.

@@ -488,6 +488,11 @@ def test_any_value_in_any_field_gives_only_problems_with_places(folder: Path, da
         assert all(LINE.fullmatch(line) for line in error.problems), error.problems
 
 
+def test_a_key_of_several_lines_is_told_in_one(folder: Path) -> None:
+    with pytest.raises(ManifestError, match=r"metadata 'a\\nb' is empty"):
+        read(folder, changed("type: Q8_0", 'type: Q8_0, metadata: {"a\\nb": }'))
+
+
 # The schema for editors and the documentation.
 
 

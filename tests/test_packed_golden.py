@@ -11,6 +11,7 @@ the library itself decodes it, in the type it does so. Ours is f32, and rounded 
 - bitsandbytes: state_dict of Linear4bit and Linear8bitLt on the CPU; expected is dequantize_4bit and
   int8_vectorwise_dequant. Rows of the NF4 cases are no whole number of blocks: there expected is what backends/default
   makes of them, since the kernel for CPUs restarts its blocks in every row, which the quantizer does not do.
+- torchao: flatten_tensor_state_dict of a linear behind quantize_; expected is dequantize().
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from converter.errors import SourceError
+from converter.errors import SourceError, UnsupportedError
 from converter.source import Snapshot, open_folder
 from converter.tensor_file import TensorFile
 
+OPTIONAL = {"g_idx", "weight_format", "_weight_zero_point"}  # what a reader cannot know to be missing
 DATA = Path(__file__).parent / "data" / "packed"
 CASES = {
     (path.stem, name): settings
@@ -76,7 +78,7 @@ def test_slabs_of_any_height_give_the_same_values(library: str, case: str, tmp_p
 def test_a_missing_part_is_named_in_the_plan(library: str, case: str, tmp_path: Path) -> None:
     tensors = stored(library, case)
     del tensors["expected"]
-    for part in sorted(tensors.keys() - {"g_idx", "weight_format"}):
+    for part in sorted(tensors.keys() - OPTIONAL):
         left = {name: tensor for name, tensor in tensors.items() if name != part}
         with pytest.raises(SourceError, match=r"layer\.") as caught:
             opened(tmp_path, left, CASES[library, case])
@@ -140,3 +142,19 @@ def test_gptq_without_g_idx_has_its_inputs_in_order(case: str, tmp_path: Path) -
     settings = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "packing_format": "auto_round:auto_gptq"}
     layout = {"checkpoint_format": CASES["gptqmodel", case]["checkpoint_format"]}
     assert torch.equal(opened(tmp_path, tensors, settings | layout).read("layer.weight").half(), expected)
+
+
+def test_what_torchao_stores_otherwise_is_refused(tmp_path: Path) -> None:
+    case = "int8-row-bfloat16"
+    tensors = stored("torchao", case)
+    del tensors["expected"]
+    changed = {
+        "as U8 with scales F32": tensors | {"_weight_qdata": tensors["_weight_qdata"].view(torch.uint8)},
+        "as I8 with scales U8": tensors | {"_weight_scale": tensors["_weight_scale"].to(torch.uint8)},
+        "factors for its inputs": tensors | {"_weight_act_pre_scale": torch.ones(96)},
+    }
+    for what, wrong in changed.items():
+        with pytest.raises(UnsupportedError, match=what):
+            opened(tmp_path, wrong, CASES["torchao", case])
+    static = tensors | {"_weight_act_quant_scale": torch.ones(1), "_weight_act_quant_zero_point": torch.zeros(1)}
+    assert list(opened(tmp_path, static, CASES["torchao", case]).tensors) == ["layer.weight"]

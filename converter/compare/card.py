@@ -39,6 +39,7 @@ EXTRAS: Mapping[str, str] = {
     "awq": "optimum gptqmodel",
     "bitsandbytes": "bitsandbytes accelerate",
     "fp8": "accelerate",
+    "torchao": "torchao",
 }
 LIBRARIES: Mapping[str, str] = {"gguf": "gguf", **dict.fromkeys(EXTRAS, "transformers")}  # as the hub calls them
 METHODS: Mapping[str, str] = {

@@ -43,7 +43,7 @@ EMBEDDING = Measure(
 # Where formats are at home: a phrase for a person who knows the machine but not the formats.
 HOMES: Mapping[str, tuple[str, ...]] = {
     "On a CPU, laptop or phone": ("gguf",),
-    "On a GPU server": ("compressed-tensors", "gptq", "gptq_v2", "auto-round", "awq", "fp8"),
+    "On a GPU server": ("compressed-tensors", "gptq", "gptq_v2", "auto-round", "awq", "fp8", "torchao"),
     "For fine-tuning with adapters": ("bitsandbytes",),
     "For data analysis in SQL": ("parquet",),
 }

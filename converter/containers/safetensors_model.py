@@ -61,6 +61,10 @@ class SafetensorsModel(ABC):
     ) -> dict[str, Any]:
         """What config.json says under `quantization_config`."""
 
+    def metadata(self, tensors: Sequence[TensorPlan], snapshot: Snapshot) -> Mapping[str, str]:
+        """What the headers of the files say beside where the model comes from."""
+        return {}
+
     def check(self, tensors: Sequence[TensorPlan], architecture: Architecture | None, target: Target) -> None:
         """Raise UnsupportedError when the plan as a whole is none that the format's readers load."""
         if architecture:
@@ -155,6 +159,7 @@ class SafetensorsModel(ABC):
 
     def _files(self, tensors: Sequence[TensorPlan], snapshot: Snapshot) -> tuple[FilePlan, ...]:
         metadata = {"format": "pt", "source": snapshot.repo, "commit": snapshot.commit}
+        metadata |= self.metadata(tensors, snapshot)
         return plan_files([self._entries(tensor) for tensor in tensors], metadata)
 
 

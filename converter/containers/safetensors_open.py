@@ -21,8 +21,9 @@ from converter.containers.safetensors_file import read_headers, read_tensor
 from converter.errors import SourceError
 from converter.packed.bitsandbytes import state_of
 from converter.packed.schemes import block_of, group_of, scheme_of
+from converter.packed.torchao import DYNAMIC
 from converter.packed.weight import Packed
-from converter.schemes import TOKEN_FP8, Activations
+from converter.schemes import TOKEN_FP8, TOKEN_INT8, Activations
 from converter.source import Header, Snapshot, open_folder
 
 FLOATS = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
@@ -62,6 +63,9 @@ class OpenedSafetensors:
         settings: Mapping[str, Any] = self.snapshot.config["quantization_config"]
         if settings["quant_method"] == "fp8":
             return replace(TOKEN_FP8, group_size=FP8_BLOCK)
+        if settings["quant_method"] == "torchao":
+            kinds = [kind.get("_type") for kind in settings["quant_type"].values()]
+            return TOKEN_INT8 if DYNAMIC in kinds else None
         if not settings.get("config_groups"):
             return None
         module = name.removesuffix(".weight")

@@ -10,6 +10,7 @@ from converter.containers.fp8 import FP8
 from converter.containers.gguf import GGUF
 from converter.containers.gptq import GPTQ
 from converter.containers.parquet import Parquet
+from converter.containers.torchao import TorchAO
 
 CONTAINERS: dict[str, Container] = {
     "gguf": GGUF,
@@ -20,5 +21,6 @@ CONTAINERS: dict[str, Container] = {
     "awq": AWQ(),
     "bitsandbytes": BitsAndBytes(),
     "fp8": FP8(),
+    "torchao": TorchAO(),
     "parquet": Parquet(),
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import SourceError, UnsupportedError
-from converter.packed import awq, bitsandbytes, fp4, gptq, scaled, words
+from converter.packed import awq, bitsandbytes, fp4, gptq, scaled, torchao, words
 from converter.packed.weight import Packed, ReadBytes
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ FINDERS: Mapping[str | None, tuple[Find, ...]] = {
     "auto-round awq": (awq.find,),
     "bitsandbytes": (bitsandbytes.find, scaled.find),
     "mxfp4": (fp4.find,),
+    "torchao": (torchao.find,),
 }
 # Formats inside a method that are read, in the words of config.json.
 MODELOPT: tuple[str, ...] = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MIXED_PRECISION")
@@ -51,10 +52,15 @@ BESIDE = (
     "weight_format",
     "weight_zero_point",  # of symmetric codes, for which no reader looks at it
     "weight_g_idx",
+    "_weight_act_quant_scale",
+    "_weight_act_quant_zero_point",
 )
 ANYWHERE = (".k_scale", ".v_scale", ".q_scale", ".output_scale", ".output_zero_point")
 # What only a part of a weight is called.
-PARTS = (".qweight", ".qzeros", ".weight_packed", ".weight_zero_point", ".weight_g_idx", ".weight.absmax", ".SCB")
+PARTS = (
+    *(".qweight", ".qzeros", ".weight_packed", ".weight_zero_point", ".weight_g_idx", ".weight.absmax", ".SCB"),
+    *("._weight_qdata", "._weight_scale", "._weight_zero_point"),
+)
 TYPES = {"float16": "F16", "half": "F16", "float32": "F32", "float": "F32", "bfloat16": "BF16"}
 
 

@@ -50,7 +50,7 @@ def find(
         elif scale is not None:
             scheme = scheme_of(settings, module, where) if settings.get("config_groups") else None
             zero = found.get(f"{name}_zero_point") if header.dtype == "I8" else None
-            yield name, _scaled(name, header, scale, zero, _block(settings, scheme), where)
+            yield name, scaled(name, header, scale, zero, _block(settings, scheme), where)
 
 
 def _block(settings: Mapping[str, Any], scheme: Scheme | None) -> tuple[int, int]:
@@ -59,7 +59,11 @@ def _block(settings: Mapping[str, Any], scheme: Scheme | None) -> tuple[int, int
     return block_of(settings.get("weight_block_size")) or BLOCK
 
 
-def _scaled(name: str, codes: Header, scale: Header, zero: Header | None, block: tuple[int, int], where: str) -> Packed:
+def scaled(name: str, codes: Header, scale: Header, zero: Header | None, block: tuple[int, int], where: str) -> Packed:
+    """The weight of these parts; block decides how many rows and columns share a scale where shapes do not.
+
+    Raises SourceError when the parts do not go together.
+    """
     rows, columns = fitted(name, codes.shape, scale.shape, block, where)
     parts = {"codes": codes, "scale": _table(scale, codes.shape, (rows, columns))}
     if zero is not None:
