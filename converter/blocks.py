@@ -76,8 +76,8 @@ class Decoder:
         self._architecture = architecture
         self._model = skeleton(folder, architecture.runs, dtype, self.device, where)
         self._thread = threading.local()  # .visit and .seen: what the call running in this thread is after
-        # No way leads from the model back to this Decoder: in a circle it would outlive its task, with its threads and
-        # what they hold, until Python looks for circles. That is some ten tasks later and was measured as 300 MB.
+        # No way leads from the model back to this Decoder: in a circle it would outlive its last use, with its threads
+        # and what they hold, until Python looks for circles. That is some ten tasks later and was measured as 300 MB.
         self._layers = stand_in(self._model, architecture, partial(visit_block, self._thread), where)
         self._separated: set[int] = set()
         self._kinds: dict[tuple[tuple[str, tuple[int, ...]], ...], Mapping[str, tuple[int, ...]]] = {}

@@ -25,7 +25,7 @@ from jobs.work import Model, Work
 
 PRODUCTS = {"f32": torch.float32, "bf16": torch.bfloat16}
 
-_decoders: dict[tuple[object, ...], Decoder] = {}  # the last one
+_calibrating: dict[tuple[object, ...], Decoder] = {}  # the last one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,30 +54,32 @@ def read(model: Model, name: str) -> Tensor:
 
 
 def decoder_of(attempt: Attempt, model: Model, products: torch.dtype = torch.float32) -> Decoder:
-    """The model's blocks, to be run on as many threads as the attempt has; their linears multiply in `products`.
-
-    The last one is kept for the next task of this process: made anew it would take 20 ms and more for every block.
-    """
+    """The model's blocks, to be run on as many threads as the attempt has; their linears multiply in `products`."""
     assert model.architecture is not None
-    snapshot, device = model.snapshot, attempt.work.device
-    key = (snapshot.folder, snapshot.commit, model.name, device, attempt.threads, products)
-    if key not in _decoders:
-        _decoders.clear()
-        _decoders[key] = Decoder(
-            snapshot.folder,
-            model.architecture,
-            model.name,
-            device=device,
-            workers=attempt.threads,
-            stored=snapshot.tensors,
-            products=products,
-        )
-    return _decoders[key]
+    return Decoder(
+        model.snapshot.folder,
+        model.architecture,
+        model.name,
+        device=attempt.work.device,
+        workers=attempt.threads,
+        stored=model.snapshot.tensors,
+        products=products,
+    )
 
 
 def calibrating(attempt: Attempt, model: Model) -> Decoder:
-    """The model's blocks as calibration runs them."""
-    return decoder_of(attempt, model, PRODUCTS[attempt.work.texts.calibration.precision])
+    """The model's blocks as calibration runs them.
+
+    Kept for the next task of this process that asks for the same: made anew they would take 20 ms and more each time.
+    Where the head is stored apart, it is another model; and rotary positions may keep what the longest rows made them.
+    """
+    snapshot, text = model.snapshot, attempt.work.texts.calibration
+    own = (model.name, snapshot.folder, snapshot.commit, snapshot.untied)
+    key = (*own, text.length, text.precision, attempt.work.device, attempt.threads)
+    if key not in _calibrating:
+        _calibrating.clear()
+        _calibrating[key] = decoder_of(attempt, model, PRODUCTS[text.precision])
+    return _calibrating[key]
 
 
 def rows_of(attempt: Attempt, model: Model, settings: Calibration | Evaluation) -> Tensor:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,10 +19,12 @@ from converter.blocks import Decoder
 from converter.calibration import digest, documents, token_rows
 from converter.errors import SourceError
 from jobs import attempt
+from jobs.attempt import decoder_of
 from jobs.convert import Run, convert, plan
 from jobs.show import plan_json
-from jobs.work import Work
+from jobs.work import Model, Work
 from small_run import write_manifest, write_model
+from test_run import Quiet
 
 
 def encode(text: str) -> list[int]:
@@ -173,19 +174,22 @@ def test_linears_multiply_in_bf16_where_the_model_is_and_the_machine_is_fast(
 
 
 def test_the_tasks_of_a_process_share_a_model_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Path] = []
+    made: list[tuple[str, str]] = []
 
-    class Counted(Decoder):
-        def __init__(self, folder: Path, *given: Any, **more: Any) -> None:
-            made.append(folder)
-            super().__init__(folder, *given, **more)
+    def counted(given: attempt.Attempt, model: Model, products: torch.dtype) -> Decoder:
+        made.append((model.name, model.snapshot.untied))
+        return decoder_of(given, model, products)
 
-    monkeypatch.setattr(attempt, "Decoder", Counted)
+    monkeypatch.setattr(attempt, "decoder_of", counted)
+    monkeypatch.setattr(attempt, "_calibrating", {})
     for name, seed in (("model", 0), ("other", 1)):
         write_model(tmp_path / name, seed=seed)
-    path = write_manifest(
-        tmp_path, {"gptq": "{format: parquet, scheme: INT3, method: gptq}"}, sources=("model", "other")
-    )
-    found = convert(Run(manifest=manifests.load(path), out=tmp_path / "out", executor="inprocess"), Mock())
-    assert not found.failures
-    assert made == [tmp_path / "model", tmp_path / "other"]  # one model's tasks come before those of the next
+    targets = {"gptq": "{format: parquet, scheme: INT3, method: gptq}"}
+    path = write_manifest(tmp_path, targets, sources=("model", "other"))
+    run = Run(manifest=manifests.load(path), out=tmp_path / "out", executor="inprocess")
+    assert not convert(run, Quiet()).failures
+    assert made == [("model", ""), ("other", "")]  # one for two blocks each
+    targets = {"turned": "{format: parquet, scheme: INT3, method: [rotation, gptq], propagate: quantized}"}
+    run = replace(run, manifest=manifests.load(write_manifest(tmp_path, targets)))
+    assert not convert(run, Quiet()).failures
+    assert {*made[2:]} == {("model", "lm_head.weight")}  # with a head of its own it is another model

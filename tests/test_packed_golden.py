@@ -149,8 +149,10 @@ def test_what_torchao_stores_otherwise_is_refused(tmp_path: Path) -> None:
     tensors = stored("torchao", case)
     del tensors["expected"]
     changed = {
-        "as U8 with scales F32": tensors | {"_weight_qdata": tensors["_weight_qdata"].view(torch.uint8)},
-        "as I8 with scales U8": tensors | {"_weight_scale": tensors["_weight_scale"].to(torch.uint8)},
+        "codes U8": tensors | {"_weight_qdata": tensors["_weight_qdata"].view(torch.uint8)},
+        "scales U8": tensors | {"_weight_scale": tensors["_weight_scale"].to(torch.uint8)},
+        "zero points F32 of codes I8": tensors | {"_weight_zero_point": tensors["_weight_zero_point"].float()},
+        "codes of no weight": tensors | {"experts._gate_up_proj_qdata": tensors["_weight_qdata"].clone()},
         "factors for its inputs": tensors | {"_weight_act_pre_scale": torch.ones(96)},
     }
     for what, wrong in changed.items():

@@ -1,22 +1,19 @@
-"""GPTQ, AWQ, AutoRound, bitsandbytes, fp8 and torchao artifacts: what is planned is written, read and run."""
+"""GPTQ, AWQ, AutoRound, bitsandbytes, fp8 and torchao artifacts: what is planned is written, read and run (torchao's:
+test_torchao.py)."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes import functional
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from converter.activations import quantize_inputs
 from converter.architecture import find
 from converter.containers import ArtifactPlan
 from converter.containers.safetensors_open import OpenedSafetensors
@@ -32,7 +29,6 @@ FORMATS = [
     for format in ("gptq", "gptq_v2", "auto-round", "awq", "bitsandbytes", "fp8", "torchao")
     for scheme in SCHEMES[format]
 ]
-TORCHAO_READER = Path(__file__).parent / "torchao_reader.py"
 TOKENS = torch.arange(48).reshape(2, 24)
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
@@ -116,30 +112,6 @@ def test_transformers_runs_native_fp8(llama: Path, tmp_path: Path) -> None:
     loaded, ours = run(tmp_path / "out"), decoded(llama, opened)
     assert (loaded - ours).norm() < 0.01 * ours.norm()
     assert (loaded - run(llama)).norm() > 0.005 * ours.norm()
-
-
-@pytest.mark.parametrize("scheme", list(SCHEMES["torchao"]))
-def test_torchao_decodes_and_runs_its_artifacts(scheme: str, tmp_path: Path) -> None:
-    model, out = tmp_path / "model", tmp_path / "out"
-    write_llama(model, torch.float32)
-    _, _, opened = convert(model, out, make_target("torchao", scheme, ("layers.1.mlp.down", "F32")))
-    assert settings_of(out)["modules_to_not_convert"] == ["lm_head", "model.layers.1.mlp.down_proj"]
-    save_file({"tokens": TOKENS}, tmp_path / "tokens.safetensors")
-    said = [sys.executable, TORCHAO_READER, out, tmp_path / "tokens.safetensors", tmp_path / "found.safetensors"]
-    subprocess.run(said, check=True, env={**os.environ, "PYTHONPATH": str(Path(sys.prefix) / "readers")})
-    found = load_file(tmp_path / "found.safetensors")
-    logits, ours = found["logits"], decoded(model, opened)
-    names = [name for name in opened.names if f"{name}/read" in found]
-    assert len(names) == 13
-    for name in names:
-        weight, read = opened.read(name), found[f"{name}/read"]
-        assert torch.equal(found[name], weight), name
-        how = opened.activations(name)
-        rounded = read if how is None else quantize_inputs(read, how)
-        off, plain = ((found[f"{name}/made"] - one @ weight.T).norm() for one in (rounded, read))
-        # A largest input that is negative lies halfway between the codes -127 and -128, and f32 decides.
-        assert off < (1e-5 * found[f"{name}/made"].norm() if how is None else 0.25 * plain), name
-    assert (logits - ours).norm() < (1e-5 if scheme == "W8A16" else 0.05) * ours.norm()
 
 
 def test_gptq_names_what_differs_from_most(llama: Path, tmp_path: Path) -> None:

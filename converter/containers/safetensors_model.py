@@ -61,7 +61,9 @@ class SafetensorsModel(ABC):
     ) -> dict[str, Any]:
         """What config.json says under `quantization_config`."""
 
-    def metadata(self, tensors: Sequence[TensorPlan], snapshot: Snapshot) -> Mapping[str, str]:
+    def metadata(
+        self, tensors: Sequence[TensorPlan], snapshot: Snapshot, architecture: Architecture | None
+    ) -> Mapping[str, str]:
         """What the headers of the files say beside where the model comes from."""
         return {}
 
@@ -97,7 +99,7 @@ class SafetensorsModel(ABC):
             replace(tensor, size_bytes=sum(entry.size_bytes for entry in self._entries(tensor)))
             for tensor in kept.with_scales(tensors, snapshot, architecture, target, where_of(target))
         ]
-        files = {file.name: file.size_bytes for file in self._files(tensors, snapshot)}
+        files = {file.name: file.size_bytes for file in self._files(tensors, snapshot, architecture)}
         notes = kept.notes(tensors, target, architecture)
         return ArtifactPlan(tensors=tuple(tensors), files=files, exact=True, dropped=dropped, notes=notes)
 
@@ -115,7 +117,7 @@ class SafetensorsModel(ABC):
         config = original_config(snapshot)
         config["quantization_config"] = self.settings(plan, snapshot, architecture, target)
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        with SafetensorsWriter(self._files(plan.tensors, snapshot), folder) as writer:
+        with SafetensorsWriter(self._files(plan.tensors, snapshot, architecture), folder) as writer:
             for tensor in plan.tensors:
                 own = parts(tensor.name)
                 values = self.values(tensor, own) if tensor.quantized else [own["values"]]
@@ -157,9 +159,11 @@ class SafetensorsModel(ABC):
             return (Entry(name=tensor.name, dtype=tensor.grid.dtype, shape=tensor.shape), *beside)
         return (*self.entries(tensor), *beside)
 
-    def _files(self, tensors: Sequence[TensorPlan], snapshot: Snapshot) -> tuple[FilePlan, ...]:
+    def _files(
+        self, tensors: Sequence[TensorPlan], snapshot: Snapshot, architecture: Architecture | None
+    ) -> tuple[FilePlan, ...]:
         metadata = {"format": "pt", "source": snapshot.repo, "commit": snapshot.commit}
-        metadata |= self.metadata(tensors, snapshot)
+        metadata |= self.metadata(tensors, snapshot, architecture)
         return plan_files([self._entries(tensor) for tensor in tensors], metadata)
 
 

@@ -21,7 +21,7 @@ from converter.containers.safetensors_file import read_headers, read_tensor
 from converter.errors import SourceError
 from converter.packed.bitsandbytes import state_of
 from converter.packed.schemes import block_of, group_of, scheme_of
-from converter.packed.torchao import DYNAMIC
+from converter.packed.torchao import rounds_inputs
 from converter.packed.weight import Packed
 from converter.schemes import TOKEN_FP8, TOKEN_INT8, Activations
 from converter.source import Header, Snapshot, open_folder
@@ -64,8 +64,7 @@ class OpenedSafetensors:
         if settings["quant_method"] == "fp8":
             return replace(TOKEN_FP8, group_size=FP8_BLOCK)
         if settings["quant_method"] == "torchao":
-            kinds = [kind.get("_type") for kind in settings["quant_type"].values()]
-            return TOKEN_INT8 if DYNAMIC in kinds else None
+            return TOKEN_INT8 if rounds_inputs(settings) else None
         if not settings.get("config_groups"):
             return None
         module = name.removesuffix(".weight")

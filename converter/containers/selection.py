@@ -42,7 +42,7 @@ class Choice:
     def grid(self, *, group_size: int | None, scale_dtype: str) -> Grid:
         """The grid; integers and levels in groups of `group_size` columns, where None keeps another granularity."""
         scheme, granularity = self.scheme, self.target.granularity or "channel"
-        by_size = not turns(self.target.methods)
+        by_size = self._by_size
         match scheme.values:
             case "e4m3" | "e5m2":
                 block = (scheme.block or (128, 128)) if granularity == "block" else None
@@ -63,6 +63,11 @@ class Choice:
             scale_dtype=scale_dtype,
         )
 
+    @property
+    def _by_size(self) -> bool:
+        """Whether the size of a weight says anything, which it does not once a rotation has mixed them."""
+        return not turns(self.target.methods)
+
     def _integers(self, group_size: int | None, granularity: Granularity, scale_dtype: str) -> AffineGrid:
         if granularity == "group" and group_size is None:
             granularity = "channel"
@@ -73,7 +78,7 @@ class Choice:
             granularity=granularity,
             observer=self.target.observer,
             scale_dtype=scale_dtype,
-            by_size=not turns(self.target.methods),
+            by_size=self._by_size,
         )
 
 

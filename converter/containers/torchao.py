@@ -3,9 +3,10 @@
     _weight_qdata   I8 [O, I], codes from -128 to 127
     _weight_scale   F32 [O, 1], what they are multiplied by
 
-Readers build tensors of torchao's own classes from these and from what the header of the file says of each weight, and
-of all others: its class and arguments, JSON by the weight's name, and the list of names. transformers looks at the last
-file's list alone, so every file has all of it.
+Readers build tensors of torchao's own classes from these and from what the header of the file says of each weight: its
+class and arguments, JSON by the weight's name, and the list of names. transformers looks at the last file's list alone,
+so every file has all of it, and looks weights up as its own model calls them, which need not be what files do: both
+names are there. Linears that it keeps otherwise (experts in one tensor, GPT-2's [I, O]) are none of torchao's.
 Source: torchao 0.18 (prototype/safetensors, quantize_/workflows/int8); transformers 5.23 (quantizer_torchao.py).
 """
 
@@ -54,8 +55,14 @@ class TorchAO(SafetensorsModel):
     def values(self, tensor: TensorPlan, parts: Mapping[str, Tensor]) -> Sequence[Tensor]:
         return [parts["codes"], parts["scale"]]
 
-    def metadata(self, tensors: Sequence[TensorPlan], snapshot: Snapshot) -> Mapping[str, str]:
-        said = {tensor.name: json.dumps(_class_of(tensor, snapshot)) for tensor in tensors}
+    def metadata(
+        self, tensors: Sequence[TensorPlan], snapshot: Snapshot, architecture: Architecture | None
+    ) -> Mapping[str, str]:
+        said: dict[str, str] = {}
+        for tensor in tensors:
+            names = {tensor.name, architecture.canonical(tensor.name) if architecture else tensor.name}
+            said |= dict.fromkeys(sorted(names), json.dumps(_class_of(tensor, snapshot)))
+        said = {name: kind for name, kind in said.items() if "." in name}  # readers split names at the last dot
         return {"tensor_names": json.dumps(list(said)), **said}
 
     def check(self, tensors: Sequence[TensorPlan], architecture: Architecture | None, target: Target) -> None:
@@ -63,6 +70,10 @@ class TorchAO(SafetensorsModel):
         if len({tensor.activations for tensor in tensors if tensor.quantized}) > 1:
             what = "torchao's config.json has one word for the inputs of all linears, and rules differ"
             raise UnsupportedError(where_of(target), what, "Use one scheme, or format compressed-tensors")
+        for tensor in tensors:
+            if tensor.quantized and architecture and _is_kept_otherwise(tensor, architecture):
+                what = f"transformers keeps {tensor.name} in a form that is none of torchao's"
+                raise UnsupportedError(where_of(target), what, "Use format compressed-tensors, or keep it by rules")
 
     def settings(
         self, plan: ArtifactPlan, snapshot: Snapshot, architecture: Architecture | None, target: Target
@@ -81,6 +92,15 @@ class TorchAO(SafetensorsModel):
             "include_input_output_embeddings": False,
             "untie_embedding_weights": False,
         }
+
+
+def _is_kept_otherwise(tensor: TensorPlan, architecture: Architecture) -> bool:
+    """Whether transformers has this linear fused with others, or the other way round."""
+    if tensor.block is None:
+        return False
+    module = module_of(tensor).removeprefix(architecture.prefix(tensor.block))
+    fused = architecture.experts is not None and architecture.experts.expert_of(module) is not None
+    return fused or module in architecture.transposed
 
 
 def _class_of(tensor: TensorPlan, snapshot: Snapshot) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from converter.packed.weight import Packed, ReadBytes, mismatch
 if TYPE_CHECKING:
     from converter.source import Header
 
-CODES = "._weight_qdata"
+CODES, ANY_CODES = "._weight_qdata", "_qdata"
 SCALED_INPUTS = "._weight_act_pre_scale"
 # The names of its configs for int8.
 WEIGHT_ONLY, DYNAMIC = "Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"
@@ -33,19 +33,36 @@ def find(
 ) -> Iterable[tuple[str, Packed]]:
     """Every weight of a torchao class, by name. Raises UnsupportedError for those that are not decoded."""
     for name, codes in found.items():
-        if not name.endswith(CODES):
+        if not name.endswith(ANY_CODES):
             continue
         module = name.removesuffix(CODES)
         weight, scale = f"{module}.weight", found.get(f"{module}._weight_scale")
+        zero = found.get(f"{module}._weight_zero_point")
+        if reason := _unknown(name, codes, scale, zero, found):
+            what = f"torchao stores {name} with {reason}; decoded are weights of int8 and fp8 with scales in floats"
+            raise UnsupportedError(where, what, "Take the model it was made from")
         if scale is None or len(codes.shape) < 2:
             raise mismatch(where, weight, f"codes {list(codes.shape)}, and no scales beside them")
-        known = codes.dtype in FP8 | {"I8"} and scale.dtype in ("F32", "F16", "BF16")
-        if not known or f"{module}{SCALED_INPUTS}" in found:
-            kind = "codes with factors for its inputs" if known else f"{codes.dtype} with scales {scale.dtype}"
-            what = f"{weight} is stored by torchao as {kind}; decoded are int8 and fp8 with scales in floating point"
-            raise UnsupportedError(where, what, "Take the model it was made from")
-        zero = found.get(f"{module}._weight_zero_point") if codes.dtype == "I8" else None
         yield weight, scaled(weight, codes, scale, zero, _block(codes, scale), where)
+
+
+def _unknown(name: str, codes: Header, scale: Header | None, zero: Header | None, found: Mapping[str, Header]) -> str:
+    """What of a weight's parts is not decoded here, in words; empty when all is."""
+    if not name.endswith(CODES):
+        return "codes of no weight"
+    if codes.dtype not in FP8 | {"I8"}:
+        return f"codes {codes.dtype}"
+    if scale is not None and scale.dtype not in ("F32", "F16", "BF16"):
+        return f"scales {scale.dtype}"
+    if zero is not None and (zero.dtype != "I8" or codes.dtype != "I8"):
+        return f"zero points {zero.dtype} of codes {codes.dtype}"
+    return "factors for its inputs" if f"{name.removesuffix(CODES)}{SCALED_INPUTS}" in found else ""
+
+
+def rounds_inputs(settings: Mapping[str, Any]) -> bool:
+    """Whether config.json's quantization_config says that inputs are rounded to int8, token by token."""
+    kinds = settings["quant_type"].values()
+    return any(isinstance(kind, Mapping) and kind.get("_type") == DYNAMIC for kind in kinds)
 
 
 def _block(codes: Header, scale: Header) -> tuple[int, int]:

@@ -4,7 +4,7 @@ An error counts by the importance of its column and by sqrt(w^2 + mean w^2) of i
 large weights tend to stand where inputs say more, and squares alone cut them off for the sake of the many small ones.
 That is how ggml searches its scales, too. Beside squares alone it takes 9 % off the KL divergence of rounding to
 nearest and 4 % off GPTQ's (geometric means of three models, seven grids of 2 to 4 bits), for 3 to 6 % more squares.
-Behind a rotation a weight's size says nothing any more, and squares alone are better: by_size.
+Behind a rotation a weight's size says nothing any more, and squares alone are better at 2 and 3 bits: by_size.
 
 With codes c fixed, the best scale is sum(w x c) / sum(w c c), and it removes sum(w x c)^2 / sum(w c c) from the error:
 one pass over a group scores a candidate *and* gives its closed-form scale. Some 70 candidates per group are tried, then
