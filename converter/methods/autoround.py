@@ -9,6 +9,9 @@ from rounding to nearest; what GPTQ gives is a better place to start from and ne
 Signs need no more of the quantizer than a straight-through gradient, which has a closed form: the block is
 differentiated with respect to its weights as they are read back, by whoever runs it, and all that is learned is here.
 
+Zero points stay where they were searched: they matter to weights that are cut off at the ends of the codes, and these
+are taken to lie within their start's codes.
+
 # O out, I in, G groups of a row
 """
 
