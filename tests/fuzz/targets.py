@@ -80,7 +80,8 @@ def headers() -> Sequence[bytes]:
         "k.g_idx": entry("I32", [32], 180, 308),
     }
     state = {"w.quant_state.bitsandbytes__nf4": entry("U8", [8], 0, 8), "w": entry("U8", [8, 1], 8, 16)}
-    return [json.dumps(one, separators=(",", ":")).encode() for one in (plain, packed, state)]
+    named = {"a._weight_qdata": entry("I8", [2, 4], 0, 8), "a._weight_scale": entry("F32", [2, 1], 8, 16)}
+    return [json.dumps(one, separators=(",", ":")).encode() for one in (plain, packed, state, named)]
 
 
 def read_header(data: bytes) -> None:
@@ -91,8 +92,9 @@ def read_header(data: bytes) -> None:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         size = 38
     (folder / "model.safetensors").write_bytes(safetensors_file(data, size if isinstance(size, int) else 38))
-    kinds = ({}, {"quant_method": "gptq", "bits": 4, "group_size": 32}, {"quant_method": "bitsandbytes"})
-    settings = kinds[len(data) % 3]
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    kinds = ({}, gptq, {"quant_method": "bitsandbytes"}, {"quant_method": "torchao"})
+    settings = kinds[len(data) % len(kinds)]
     (folder / "config.json").write_text(json.dumps({"quantization_config": settings} if settings else {}))
     snapshot = open_folder(folder, "fuzz")
     for name in snapshot.tensors:
