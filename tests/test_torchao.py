@@ -67,8 +67,8 @@ def test_every_family_is_loaded_or_refused(name: str, tmp_path: Path) -> None:
     TINY[name].save(model)
     snapshot, architecture = tiny.load(model)
     container, target = CONTAINERS["torchao"], Target(name="t", format="torchao", scheme="W8A16")
-    if architecture.experts or architecture.transposed:
-        with pytest.raises(UnsupportedError, match="in a form that is none of torchao's"):
+    if architecture.experts or architecture.transposed or architecture.name == "falcon":
+        with pytest.raises(UnsupportedError, match=r"in a form that is none of torchao's|cannot run with weights of"):
             container.plan(snapshot, architecture, target)
         return
     plan = container.plan(snapshot, architecture, target)

@@ -27,7 +27,8 @@ def keep(name: str, weight: Tensor) -> None:
     found[name] = weight.dequantize().float().contiguous()  # type: ignore[no-untyped-call]
 
     def hook(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-        found[f"{name}/read"], found[f"{name}/made"] = given[0].clone(), made.clone()
+        for what, values in (("read", given[0]), ("made", made)):
+            found[f"{name}/{what}"] = values.clone(memory_format=torch.contiguous_format)
 
     model.get_submodule(name.removesuffix(".weight")).register_forward_hook(hook)
 

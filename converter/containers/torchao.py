@@ -34,6 +34,7 @@ from converter.source import Header, Snapshot
 
 PER_ROW = {"_type": "PerRow", "_data": {"dim": -1}}
 SYMMETRIC = {"_type": "MappingType", "_data": "SYMMETRIC"}
+BY_HAND = ("falcon",)  # families whose linears transformers multiplies by itself, which torchao's classes do not take
 
 
 class TorchAO(SafetensorsModel):
@@ -70,6 +71,9 @@ class TorchAO(SafetensorsModel):
         if len({tensor.activations for tensor in tensors if tensor.quantized}) > 1:
             what = "torchao's config.json has one word for the inputs of all linears, and rules differ"
             raise UnsupportedError(where_of(target), what, "Use one scheme, or format compressed-tensors")
+        if architecture and architecture.name in BY_HAND:
+            what = f"the linears of transformers' {architecture.name} cannot run with weights of torchao's"
+            raise UnsupportedError(where_of(target), what, "Use format compressed-tensors")
         for tensor in tensors:
             if tensor.quantized and architecture and _is_kept_otherwise(tensor, architecture):
                 what = f"transformers keeps {tensor.name} in a form that is none of torchao's"
