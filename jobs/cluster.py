@@ -161,6 +161,9 @@ class RayExecutor:
                 return None
         except ray.exceptions.RayTaskError as error:  # not from the step, whose errors are outcomes: it did not start
             reason = str(error).strip().splitlines()[-1]
+            # An OSError is of files of Ray itself, as on a node that goes; another hubmill raises otherwise.
+            if isinstance(error.cause, OSError) and self._again(one, reason):
+                return None
             what = f"{task.title}: the worker could not run it: {reason}. Install the same hubmill on every machine."
             return Outcome(key=task.key, seconds=0.0, peak_bytes=0, error=what)
         except ray.exceptions.OutOfMemoryError:
@@ -173,15 +176,21 @@ class RayExecutor:
             return Outcome(key=task.key, seconds=0.0, peak_bytes=0, error=what)
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
-            if one.losses < len(PAUSES):
-                one.tell(f"its worker was lost ({reason}): started again")
-                self._paused.append((time.monotonic() + PAUSES[one.losses], replace(one, losses=one.losses + 1)))
+            if self._again(one, reason):
                 return None
             what = f"{task.title}: its worker was lost {one.losses + 1} times: {reason}"
             return Outcome(
                 key=task.key, seconds=0.0, peak_bytes=0, error=f"{what}. Look at memory and disk, then run again."
             )
         return outcome
+
+    def _again(self, one: Running, reason: str) -> bool:
+        """Start a task again after a pause; False when it was lost too often."""
+        if one.losses >= len(PAUSES):
+            return False
+        one.tell(f"its worker was lost ({reason}): started again")
+        self._paused.append((time.monotonic() + PAUSES[one.losses], replace(one, losses=one.losses + 1)))
+        return True
 
     def _grow(self, one: Running, who: str) -> bool:
         """Start a task again with more memory; False when no node has more."""

@@ -12,12 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
 from chaos.nodes import SETTINGS, Cluster, cluster
 from converter import manifest as manifests
 from converter.folder import file_sha256
 from converter.progress import Event
+from jobs.cluster import RayExecutor
 from jobs.convert import Run, convert
+from jobs.outcome import Outcome
+from jobs.store import Store
+from jobs.task import Task
 from patience import PATIENCE_SECONDS
 from small_run import ROOT, TARGETS, write_manifest, write_model
 
@@ -105,3 +110,35 @@ def test_a_cluster_writes_the_same_bytes_also_when_a_worker_and_a_node_die(nodes
     assert sums(tmp_path / "there") == sums(tmp_path / "here")
     attempts = tmp_path / "there" / "small" / ".work" / "attempts"
     assert not list(attempts.iterdir()), "what the killed had begun is gone"
+
+
+def test_a_node_that_loses_files_of_ray_costs_another_try_and_another_program_fails(
+    nodes: Cluster, tmp_path: Path
+) -> None:
+    task = Task(kind="fetch", subject="model", spec={}, work=None)
+    for error, ends_well in ((FileNotFoundError(2, "gone", "worker.out"), True), (ModuleNotFoundError("jobs"), False)):
+        marker = tmp_path / type(error).__name__
+
+        def once(task: Task, *_: object, marker: Path = marker, error: Exception = error) -> Outcome:
+            if marker.exists():
+                return Outcome(key=task.key, seconds=0.0, peak_bytes=0)
+            marker.touch()
+            raise error
+
+        told: list[str] = []
+        executor = RayExecutor(nodes.address, 1, 1 << 30)
+        executor._remote = ray.remote(once)
+        try:
+            executor.submit(task, Store(run=tmp_path / "out"), told.append)
+            outcomes: list[Outcome] = []
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while not outcomes and time.monotonic() < deadline:
+                outcomes = [*executor.wait(1.0)]
+        finally:
+            executor.close()
+        [outcome] = outcomes
+        if ends_well:
+            assert not outcome.error
+            assert len(told) == 1 and "its worker was lost" in told[0] and "started again" in told[0]
+        else:
+            assert "Install the same hubmill on every machine" in outcome.error and not told
