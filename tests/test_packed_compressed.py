@@ -225,7 +225,7 @@ def test_parts_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        *({"quant_method": m} for m in ("hqq", "quanto", "aqlm", "eetq", "torchao", "higgs", "spqr", "vptq", "bitnet")),
+        *({"quant_method": m} for m in ("hqq", "quanto", "aqlm", "eetq", "higgs", "spqr", "vptq", "bitnet")),
         {"quant_method": "compressed-tensors", "format": "marlin-24"},
         {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"},
         {"bits": 4},
