@@ -256,9 +256,7 @@ def read_part(part: type[Part], values: Mapping[str, object]) -> tuple[Part | No
 
 def _finding(detail: ErrorDetails) -> manifest_rules.Finding:
     at = tuple(step for step in detail["loc"] if step != "[key]")  # what pydantic adds for the key of a mapping
-    field = " ".join(
-        str(step + 1) if isinstance(step, int) else step if step.isprintable() else quoted(step) for step in at
-    )
+    field = " ".join(map(_word, at))
     refused = detail.get("ctx", {}).get("error")
     if isinstance(refused, RefusedError):
         return manifest_rules.Finding(at=at, what=f"{field} {refused.what}", remedy=refused.remedy)
@@ -267,6 +265,13 @@ def _finding(detail: ErrorDetails) -> manifest_rules.Finding:
     given = detail["input"].text if isinstance(detail["input"], Text) else str(detail["input"])
     what = f"{field} {quoted(given)} {detail['msg'].replace('Input should', 'should')}"
     return manifest_rules.Finding(at=at, what=what, remedy=f"Change {field}")
+
+
+def _word(step: int | str) -> str:
+    """A step on the way to a field, in one line: a list's place, counted from 1, or a key."""
+    if isinstance(step, int):
+        return str(step + 1)
+    return step if step.isprintable() else quoted(step)
 
 
 def json_schema() -> str:
